@@ -1,0 +1,93 @@
+// The CPU kernels, one set for each instruction set, and how one is chosen.
+#pragma once
+
+#include "table.h"
+
+namespace fastsam {
+
+// One chunk of one row, with everything a kernel needs to find its elements.
+struct Piece {
+  const Row* row;
+  int64_t begin;
+  int count;
+  Dtype w_type;
+};
+
+struct ClimbGroup {
+  double c_d, c_v, sigma, lmbda, one_minus_lmbda;
+  bool adaptive;
+};
+
+struct GramArgs {
+  const void* ema;     // m, or null: d = g
+  const void* vector;  // v, or null
+  const ClimbGroup* groups;
+  double grad_scale;
+  bool weighted;  // adaptive groups count |w| d instead of d
+};
+
+struct ClimbArgs {
+  void* backup;
+  const void* ema;
+  void* ema_next;
+  const void* vector;
+  const ClimbGroup* groups;
+  double grad_scale;
+  bool skip;    // back up and leave the weights alone
+  bool stream;  // write what is not read again soon past the caches
+};
+
+struct SgdGroup {
+  double lr, momentum, one_minus_dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+struct SgdArgs {
+  const void* backup;
+  void* momentum_buffer;  // null where no group has momentum
+  const SgdGroup* groups;
+  double grad_scale;
+  bool stream;
+};
+
+struct AdamGroup {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;
+};
+
+struct AdamArgs {
+  const void* backup;
+  void* exp_avg;
+  void* exp_avg_sq;
+  const float* steps;  // one for each parameter, already counted up
+  const AdamGroup* groups;
+  double grad_scale;
+  bool stream;
+};
+
+struct StreamArgs {
+  const float* const* reads;
+  float* const* writes;
+  int n_reads, n_writes;
+  int in_place;  // the first so many written arrays are read ones, with ordinary stores
+};
+
+struct Kernels {
+  const char* name;
+  void (*gram)(const Piece&, const GramArgs&, double sums[3]);  // <d,d>, <d,v>, <v,v>
+  void (*climb)(const Piece&, const ClimbArgs&);
+  void (*sgd)(const Piece&, const SgdArgs&);
+  void (*adam)(const Piece&, const AdamArgs&);
+  void (*restore)(const Piece&, const void* backup, bool stream);
+  void (*stream)(const StreamArgs&, int64_t begin, int64_t end);  // plain traffic, for measuring bandwidth
+};
+
+extern const Kernels kBaseline;
+#if defined(FASTSAM_X86)
+extern const Kernels kAvx2, kAvx512;
+#endif
+
+// The best set this processor can run, or the one named; throws std::invalid_argument for one it cannot.
+const Kernels& select_kernels(const char* name);
+
+}  // namespace fastsam

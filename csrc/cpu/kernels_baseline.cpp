@@ -1,0 +1,6 @@
+#define FASTSAM_ISA baseline
+#include "kernels_impl.h"
+
+namespace fastsam {
+const Kernels kBaseline = baseline::make("baseline");
+}

@@ -1,0 +1,90 @@
+// The chunk table: where every parameter and gradient lies, and how the work is cut into chunks.
+#pragma once
+
+#include <cstdint>
+#include <algorithm>
+#include <vector>
+
+namespace fastsam {
+
+enum class Dtype : uint8_t { f32, f64, bf16, f16 };
+
+inline int64_t item_size(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+
+// What has happened to a parameter so far.
+enum Flags : uint8_t {
+  kClimbed = 1,       // the backup holds its weights
+  kEmaStarted = 2,    // F-SAM's m has met it before
+  kStateStarted = 4,  // so has the base optimizer's state
+};
+
+// A run of elements with one address each for weight and gradient: a parameter, or adjacent parameters.
+struct Row {
+  char* w;
+  const char* g;   // null: no gradient in this pass
+  int64_t offset;  // of its state in the flat buffers, in elements
+  int64_t size;
+  int32_t group;
+  int32_t param;  // the first parameter in it
+  uint8_t flags;
+  Dtype g_type;
+};
+
+struct Chunk {
+  int32_t row;
+  int32_t count;
+  int64_t begin;  // within the row
+};
+
+class Table {
+ public:
+  // Chunks are this many elements or fewer. Sums are formed chunk by chunk, so this fixes their order.
+  static constexpr int64_t kChunk = 16384;
+
+  // joined[i]: the weights of parameter i follow those of i - 1 without a gap in the same storage.
+  Table(Dtype dtype, std::vector<int64_t> offsets, std::vector<int64_t> sizes, std::vector<int32_t> groups,
+        std::vector<bool> joined)
+      : dtype(dtype), offsets_(std::move(offsets)), sizes_(std::move(sizes)), groups_(std::move(groups)),
+        joined_(std::move(joined)) {}
+
+  void update(const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& gradients,
+              const std::vector<uint8_t>& gradient_types, const std::vector<uint8_t>& flags) {
+    rows.clear();
+    chunks.clear();
+    elements = 0;
+    int previous = -2;
+    for (size_t i = 0; i < sizes_.size(); ++i) {
+      const bool taken = gradients[i] || (flags[i] & kClimbed);
+      if (!taken || sizes_[i] == 0) continue;
+      const Row row{reinterpret_cast<char*>(weights[i]), reinterpret_cast<const char*>(gradients[i]), offsets_[i],
+                    sizes_[i], groups_[i], static_cast<int32_t>(i), flags[i], static_cast<Dtype>(gradient_types[i])};
+      if (previous == static_cast<int>(i) - 1 && joined_[i] && extends(rows.back(), row))
+        rows.back().size += row.size;
+      else
+        rows.push_back(row);
+      previous = static_cast<int>(i);
+      elements += row.size;
+    }
+    for (size_t r = 0; r < rows.size(); ++r)
+      for (int64_t begin = 0; begin < rows[r].size; begin += kChunk)
+        chunks.push_back({static_cast<int32_t>(r), static_cast<int32_t>(std::min(kChunk, rows[r].size - begin)), begin});
+  }
+
+  Dtype dtype;
+  std::vector<Row> rows;
+  std::vector<Chunk> chunks;
+  int64_t elements = 0;
+
+ private:
+  bool extends(const Row& a, const Row& b) const {
+    const bool gradients_adjoin = (!a.g && !b.g) || (a.g && b.g == a.g + a.size * item_size(a.g_type));
+    return gradients_adjoin && a.g_type == b.g_type && a.group == b.group && a.flags == b.flags &&
+           b.w == a.w + a.size * item_size(dtype) && b.offset == a.offset + a.size;
+  }
+
+  std::vector<int64_t> offsets_, sizes_;
+  std::vector<int32_t> groups_;
+  std::vector<bool> joined_;
+};
+
+}  // namespace fastsam

@@ -1,0 +1,23 @@
+"""Checks of hyper-parameters: each error names the parameter, its value and what it must be."""
+
+from __future__ import annotations
+
+
+def at_least(low: float, name: str, value) -> None:
+    """Raises ``ValueError`` unless ``value`` is a finite number >= ``low``."""
+    if not (_number(name, value) >= low and value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be a finite number, at least {low}")
+
+
+def in_range(low: float, high: float, name: str, value) -> None:
+    """Raises ``ValueError`` unless ``low`` <= ``value`` < ``high``."""
+    if not low <= _number(name, value) < high:
+        raise ValueError(f"{name}={value!r} must be in [{low}, {high})")
+
+
+def _number(name: str, value):
+    try:
+        value < 0  # noqa: B015  (numbers and 0-dimensional tensors compare; strings and lists do not)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}={value!r} must be a number") from None
+    return value

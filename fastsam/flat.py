@@ -1,0 +1,301 @@
+"""One flat index space over many parameters.
+
+Parameters are many small tensors; a kernel wants one long vector. A :class:`FlatSpace` maps the parameters of
+one device and dtype to one range of indices. State (backup, moving average, eigenvector, momentum) is physically
+flat: one allocation each, of which every parameter sees its own view. Weights and gradients stay where they are:
+the kernels are given their addresses, so nothing is copied and ``param.data`` is never re-bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_ALIGNMENT = 64  # bytes: a cache line, and the widest vector
+
+
+class FlatBuffer:
+    """One allocation over a space, and each parameter's view of it (same shape and strides)."""
+
+    def __init__(self, space: FlatSpace, dtype: torch.dtype) -> None:
+        self.flat = torch.zeros(space.numel, dtype=dtype, device=space.device)
+        self.views = [
+            self.flat[offset : offset + p.numel()].as_strided(p.shape, p.stride())
+            for p, offset in zip(space.params, space.offsets, strict=True)
+        ]
+        self.ids = list(map(id, self.views))
+
+
+class StepCounts:
+    """Adam's step counts: one float32 a parameter in one tensor, seen through 0-dimensional views."""
+
+    def __init__(self, space: FlatSpace) -> None:
+        self.flat = torch.zeros(len(space.params), dtype=torch.float32, device=space.device)
+        self.views = list(self.flat.unbind())
+        self.ids = list(map(id, self.views))
+
+
+class FlatSpace:
+    """The index space of ``params``, which share a device and a dtype.
+
+    ``groups[i]`` is the index of parameter i's group. ``perturbed`` says whether these parameters take part in
+    the climb. Raises ``ValueError`` for a parameter whose memory has gaps or is shared with another's.
+    """
+
+    def __init__(self, params: Sequence[Tensor], groups: Sequence[int], perturbed: bool) -> None:
+        order = _storage_order(params)
+        self.params = [params[i] for i in order]
+        self.groups = [groups[i] for i in order]
+        self.perturbed = perturbed
+        self.device = self.params[0].device
+        self.dtype = self.params[0].dtype
+        for p in self.params:
+            _check_dense(p)
+        self.weights = [p.data_ptr() for p in self.params]
+        self.layouts = [_layout(p) for p in self.params]
+        self.joined = _joined(self.params)
+        self.offsets, self.numel = _offsets(self.params, self.joined)
+        self.gradients: list[Tensor | None] = [None] * len(self.params)
+        self.gradient_addresses = [0] * len(self.params)
+        self.climbed = [False] * len(self.params)
+        self.states: list[dict | None] = [None] * len(self.params)
+        self.kernels = None  # the backend that serves this space
+        self.table = None  # that backend's own view of the addresses
+        self._strides = [p.stride() for p in self.params]
+        self._sizes = [p.numel() for p in self.params]
+        self._dtypes = [self.dtype] * len(self.params)
+        self._buffers: dict[str, FlatBuffer | StepCounts] = {}
+
+    def buffer(self, name: str) -> FlatBuffer:
+        """The flat buffer called ``name``, in the dtype of the weights, allocated at its first use."""
+        if name not in self._buffers:
+            self._buffers[name] = FlatBuffer(self, self.dtype)
+        return self._buffers[name]
+
+    def step_counts(self) -> StepCounts:
+        if "step" not in self._buffers:
+            self._buffers["step"] = StepCounts(self)
+        return self._buffers["step"]
+
+    def swap(self, first: str, second: str) -> None:
+        self._buffers[first], self._buffers[second] = self._buffers[second], self._buffers[first]
+
+    def find_states(self, state) -> None:
+        """Looks up each parameter's entry in the optimizer's ``state``; None where it has none yet."""
+        self.states = [state.get(p) for p in self.params]
+
+    def adopt(self, name: str, buffer: FlatBuffer | StepCounts) -> list[bool]:
+        """Makes ``state[p][name]`` a view of ``buffer`` for every parameter that has one; says which have.
+
+        Tensors put there by anyone else (a loaded checkpoint, the base optimizer's own step) are copied in.
+        """
+        values = [None if s is None else s.get(name) for s in self.states]
+        if list(map(id, values)) == buffer.ids:
+            return [True] * len(values)
+        for i, value in enumerate(values):
+            if value is not None and value is not buffer.views[i]:
+                buffer.views[i].copy_(value)
+                self.states[i][name] = buffer.views[i]
+        return [value is not None for value in values]
+
+    def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, i: int) -> None:
+        """Makes parameter i's view of ``buffer`` its ``state[p][name]``."""
+        if self.states[i] is None:
+            self.states[i] = state[self.params[i]]
+        self.states[i][name] = buffer.views[i]
+
+    def still_fits(self) -> bool:
+        """Whether the parameters are still what the space was built for; follows weights that only moved."""
+        weights = list(map(Tensor.data_ptr, self.params))
+        if weights != self.weights:
+            if list(map(_layout, self.params)) != self.layouts or _joined(self.params) != self.joined:
+                return False
+            self.weights = weights
+        return True
+
+    def collect_gradients(self) -> None:
+        """Reads ``p.grad`` of every parameter and checks that the kernels can walk it beside the weight.
+
+        A dense gradient with other strides is replaced by a copy in the weight's layout. Raises ``ValueError``
+        or ``TypeError``, naming the parameter by its shape, for any other that does not match.
+        """
+        gradients = [p.grad for p in self.params]
+        for i in self._mismatches(gradients):
+            gradients[i] = _matching_gradient(self.params[i], gradients[i])
+        self.gradients = gradients
+        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
+
+    def _mismatches(self, gradients: list[Tensor | None]) -> list[int]:
+        """Indices of the gradients that need a closer look; written for the usual case, in which none does."""
+        try:
+            if (
+                list(map(Tensor.stride, gradients)) == self._strides
+                and list(map(Tensor.numel, gradients)) == self._sizes
+                and [g.dtype for g in gradients] == self._dtypes
+                and {g.device for g in gradients} == {self.device}
+            ):
+                return []
+        except (TypeError, RuntimeError, AttributeError):  # a missing or a sparse gradient
+            pass
+        return [i for i, g in enumerate(gradients) if g is not None]
+
+
+def flatten_parameters(model: torch.nn.Module) -> None:
+    """Moves a model's parameters into one contiguous buffer for each device and dtype, gradients into another.
+
+    The tensors keep their identity, shapes, strides and values; only their memory is new. Optimizers built from
+    the model, before or after, then walk one row instead of one for each parameter. Gradients become views of
+    their own buffer, which ``zero_grad`` of a fastsam optimizer zeroes in place. Parameters whose size is no
+    multiple of 16 bytes go last, so that the others stay aligned. Parameters whose memory has gaps raise
+    ``ValueError``; frozen ones are left where they are.
+    """
+    spaces: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            _check_dense(p)
+            spaces.setdefault((p.device, p.dtype), []).append(p)
+    for (device, dtype), params in spaces.items():
+        params.sort(key=lambda p: p.numel() * p.element_size() % 16 != 0)
+        total = sum(p.numel() for p in params)
+        weights = torch.empty(total, dtype=dtype, device=device)
+        gradients = torch.zeros(total, dtype=dtype, device=device)
+        offset = 0
+        for p in params:
+            weight, gradient = (
+                flat[offset : offset + p.numel()].as_strided(p.shape, p.stride()) for flat in (weights, gradients)
+            )
+            weight.copy_(p.detach())
+            if p.grad is not None:
+                gradient.copy_(p.grad)
+            p.data = weight
+            p.grad = gradient
+            _flat_gradients[p] = (gradients, gradient)
+            offset += p.numel()
+
+
+_flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
+
+
+def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
+    """``zero_grad``, except that gradients flattened by :func:`flatten_parameters` stay where they are."""
+    buffers = {}
+    for p in params:
+        home = _flat_gradients.get(p) if _flat_gradients else None
+        if home is not None and home[1].dtype == p.dtype and home[1].device == p.device:
+            whole, view = home
+            buffers[id(whole)] = whole
+            if p.grad is not view:
+                p.grad = view
+        elif p.grad is not None:
+            if set_to_none:
+                p.grad = None
+            else:
+                p.grad.detach_()
+                p.grad.zero_()
+    for whole in buffers.values():
+        whole.zero_()
+
+
+def _layout(p: Tensor) -> tuple:
+    return (p.device, p.dtype, p.shape, p.stride())
+
+
+def describe(p: Tensor) -> str:
+    return f"a parameter of shape {tuple(p.shape)}"
+
+
+def _check_dense(p: Tensor) -> None:
+    """Non-overlapping and dense: some order of the dimensions makes it contiguous."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n != 1):
+        if p.numel() and stride != expected:
+            raise ValueError(
+                f"{describe(p)} has strides {p.stride()}, which leave gaps or overlap; "
+                "make it dense first: p.data = p.data.contiguous()"
+            )
+        expected *= size
+
+
+def _same_order(p: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether ``strides`` walk memory as those of p do; a dimension of size 1 may have any stride."""
+    return all(a == b for a, b, n in zip(p.stride(), strides, p.shape, strict=True) if n != 1)
+
+
+def _matching_gradient(p: Tensor, g: Tensor) -> Tensor:
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of {describe(p)} is {g.layout}; fastsam needs dense gradients "
+            "(torch.nn.Embedding: sparse=False)"
+        )
+    if g.shape != p.shape:
+        raise ValueError(
+            f"the gradient of {describe(p)} has shape {tuple(g.shape)}; they must be equal: "
+            "clear it with zero_grad() after changing a parameter"
+        )
+    if g.device != p.device:
+        raise ValueError(
+            f"the gradient of {describe(p)} is on {g.device}, the parameter on {p.device}: "
+            "clear it with zero_grad() after moving a model"
+        )
+    if g.dtype == p.dtype and _same_order(p, g.stride()):
+        return g
+    if not g.is_floating_point():
+        raise TypeError(f"the gradient of {describe(p)} has dtype {g.dtype}; it must be real floating point")
+    if (g.dtype == torch.float64) != (p.dtype == torch.float64):
+        raise TypeError(
+            f"the gradient of {describe(p)} has dtype {g.dtype}, the parameter {p.dtype}: "
+            "float64 mixes with nothing else; clear it with zero_grad() after changing a dtype"
+        )
+    if _same_order(p, g.stride()):
+        return g
+    # A copy of its own, so that whoever reads p.grad next (clipping, say) sees what the kernels see.
+    p.grad = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype, device=g.device).copy_(g)
+    return p.grad
+
+
+def _storage_order(params: Sequence[Tensor]) -> list[int]:
+    """Indices of ``params``, those of one storage side by side in the order they lie there.
+
+    Never by address: that would let the allocator choose the order of summation.
+    """
+    first: dict[int, int] = {}
+    for i, p in enumerate(params):
+        first.setdefault(p.untyped_storage().data_ptr(), i)
+    return sorted(
+        range(len(params)),
+        key=lambda i: (first[params[i].untyped_storage().data_ptr()], params[i].storage_offset(), i),
+    )
+
+
+def _joined(params: Sequence[Tensor]) -> list[bool]:
+    """For each parameter whether it begins where the one before it ends, in the same storage."""
+    joined = [False] * len(params)
+    for i in range(1, len(params)):
+        before, p = params[i - 1], params[i]
+        if not (p.numel() and before.numel()):
+            continue
+        if p.untyped_storage().data_ptr() != before.untyped_storage().data_ptr():
+            continue
+        gap = p.storage_offset() - before.storage_offset() - before.numel()
+        if gap < 0:
+            raise ValueError(
+                f"{describe(before)} and {describe(p)} share memory but are two Parameters; "
+                "tie weights by using one Parameter in both places"
+            )
+        joined[i] = gap == 0
+    return joined
+
+
+def _offsets(params: Sequence[Tensor], joined: Sequence[bool]) -> tuple[list[int], int]:
+    """Where each parameter's state begins: aligned, or right behind its neighbour's where the weights are."""
+    offsets, end = [], 0
+    for p, follows in zip(params, joined, strict=True):
+        if not follows:
+            step = _ALIGNMENT // p.element_size()
+            end = -(-end // step) * step
+        offsets.append(end)
+        end += p.numel()
+    return offsets, end

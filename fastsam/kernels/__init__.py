@@ -1,0 +1,91 @@
+"""The three passes over memory, in every backend under the same names, and how a backend is chosen.
+
+A backend is a module with five functions over a :class:`~fastsam.flat.FlatSpace`:
+
+=====================================  ==========================================================================
+``gram(space, ascent)``                the sums <d,d>, <d,v>, <v,v> as a float64 tensor on the space's device
+``climb(space, ascent, sums)``         back up w, mark it climbed, write w + e and the average
+``descend_sgd(space, descent, sums)``  restore w and apply torch.optim.SGD's update in the same pass
+``descend_adam(space, descent, sums)``  the same with torch.optim.Adam's or AdamW's
+``restore(space)``                     write the backup back to every climbed weight
+=====================================  ==========================================================================
+
+Where ``sums`` is not finite, ``climb`` only backs up and ``descend`` only restores: a step that met a NaN or an
+infinity changes nothing. ``kernels/torch.py`` is the specification the others are tested against.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+#: Every backend, the fastest first. ``auto`` takes the first that is available and serves the device.
+NAMES = ("cpu", "torch")
+
+
+@dataclass
+class Ascent:
+    """What the first pass needs to know of a method, for one space."""
+
+    groups: Sequence[dict]
+    coefficients: Callable[[float, float, float, dict], tuple[float, float]] | None = None
+    ema: Tensor | None = None  # m, flat: the direction is d = g - sigma m
+    ema_next: Tensor | None = None  # where lmbda m + (1 - lmbda) g goes
+    ema_started: Sequence[bool] = ()  # parameters that m has met before; for the others d = g
+    vector: Tensor | None = None  # v, flat
+    weighted: bool = False  # adaptive groups count ||w| d| in <d,d>
+
+
+@dataclass
+class Descent:
+    """What the second pass needs to know of the base optimizer, for one space."""
+
+    groups: Sequence[dict]
+    state: dict[str, Tensor]  # the base optimizer's flat buffers by their names
+    started: Sequence[bool]  # parameters that have base state already
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with ``"available"`` or the reason why it is not.
+
+    >>> fastsam.backends()["torch"]
+    'available'
+    """
+    return {name: reason or "available" for name, reason in ((n, _module(n).unavailable()) for n in NAMES)}
+
+
+def check(name: str) -> None:
+    """Raises ``ValueError`` for an unknown backend, ``RuntimeError`` for one that is not available."""
+    if name == "auto":
+        return
+    if name not in NAMES:
+        near = difflib.get_close_matches(str(name), (*NAMES, "auto"), 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"backend={name!r} is unknown: {hint}choose one of {', '.join(('auto', *NAMES))}")
+    reason = _module(name).unavailable()
+    if reason:
+        raise RuntimeError(f"backend={name!r} is not available: {reason}")
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The backend for tensors of one device and dtype; ``auto`` is the fastest that serves them.
+
+    Raises ``RuntimeError`` if the named backend does not serve that device, ``TypeError`` for the dtype.
+    """
+    if name == "auto":
+        return next(m for m in map(_module, NAMES) if not m.unavailable() and not m.refuses(device, dtype))
+    module = _module(name)
+    reason = module.refuses(device, dtype)
+    if reason:
+        raise RuntimeError(f"backend={name!r} cannot serve {dtype} parameters on {device}: {reason}")
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,171 @@
+"""The fused C++ kernels for CPU tensors: AVX-512, AVX2 or baseline, chosen when the extension is loaded.
+
+The environment variable ``FASTSAM_ISA`` (``avx512``, ``avx2`` or ``baseline``) overrides the choice. Every
+instruction set and every number of threads gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from fastsam.flat import FlatSpace
+from fastsam.kernels import Ascent, Descent
+
+try:
+    from fastsam import _cpu
+except ImportError as error:
+    _cpu = None
+    _import_error = str(error)
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CLIMBED, _EMA_STARTED, _STATE_STARTED = 1, 2, 4
+
+
+def unavailable() -> str | None:
+    if _cpu is not None:
+        return None
+    from fastsam._build import reason
+
+    return reason("cpu") or _import_error
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "these kernels are for tensors on the CPU"
+    if dtype not in _DTYPES:
+        return f"they handle {', '.join(str(d) for d in _DTYPES)}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: ``avx512``, ``avx2`` or ``baseline``."""
+    return _cpu.isa()
+
+
+def thread_runtime() -> str:
+    """``OpenMP`` where torch's own pool is used, else ``std::thread``."""
+    return _cpu.thread_runtime()
+
+
+def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
+    sums = _cpu.gram(
+        _table(space, ascent.ema_started, _EMA_STARTED),
+        _address(ascent.ema),
+        _address(ascent.vector),
+        [(0.0, 0.0, g.get("sigma", 0.0), 0.0, g["adaptive"]) for g in ascent.groups],
+        ascent.weighted,
+        1.0,
+        torch.get_num_threads(),
+    )
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
+    values = sums.tolist()
+    finite = all(map(math.isfinite, values))
+    groups = []
+    for g in ascent.groups:
+        c_d, c_v = ascent.coefficients(*values, g) if finite else (0.0, 0.0)
+        groups.append((c_d, c_v, g.get("sigma", 0.0), g.get("lmbda", 0.0), g["adaptive"]))
+    _cpu.climb(
+        space.table,  # as gram left it
+        _address(space.buffer("backup").flat),
+        _address(ascent.ema),
+        _address(ascent.ema_next),
+        _address(ascent.vector),
+        groups,
+        1.0,
+        not finite,
+        torch.get_num_threads(),
+    )
+    space.climbed = [g is not None for g in space.gradients]
+
+
+def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    if not all(map(math.isfinite, sums.tolist())):
+        return restore(space)
+    _cpu.descend_sgd(
+        _table(space, descent.started, _STATE_STARTED),
+        _backup(space),
+        _address(descent.state.get("momentum_buffer")),
+        [
+            (float(g["lr"]), g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
+            for g in descent.groups
+        ],
+        1.0,
+        torch.get_num_threads(),
+    )
+
+
+def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    if not all(map(math.isfinite, sums.tolist())):
+        return restore(space)
+    steps = descent.state["step"]
+    steps += torch.tensor([g is not None for g in space.gradients])
+    _cpu.descend_adam(
+        _table(space, descent.started, _STATE_STARTED),
+        _backup(space),
+        _address(descent.state["exp_avg"]),
+        _address(descent.state["exp_avg_sq"]),
+        _address(steps),
+        [
+            (
+                float(g["lr"]),
+                *map(float, g["betas"]),
+                g["eps"],
+                g["weight_decay"],
+                g["decoupled_weight_decay"],
+                g["maximize"],
+            )
+            for g in descent.groups
+        ],
+        1.0,
+        torch.get_num_threads(),
+    )
+
+
+def restore(space: FlatSpace) -> None:
+    if any(space.climbed):
+        _cpu.restore(_table(space), _backup(space), torch.get_num_threads())
+
+
+def bandwidth(reads: int, writes: int, numel: int, threads: int | None = None, in_place: int = 0) -> float:
+    """Seconds that a plain kernel takes to read ``reads`` and write ``writes`` float32 arrays of ``numel`` elements.
+
+    The first ``in_place`` written arrays are read ones, stored through the caches; the others are new and
+    stored past them. The median of seven passes after a warm-up: the floor to hold a pass against.
+    """
+    read = [torch.ones(numel) for _ in range(reads)]
+    written = read[:in_place] + [torch.ones(numel) for _ in range(writes - in_place)]
+    addresses = [t.data_ptr() for t in read], [t.data_ptr() for t in written]
+    seconds = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        _cpu.stream(*addresses, in_place, numel, threads or torch.get_num_threads())
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[1:])[3]
+
+
+def _table(space: FlatSpace, started=(), bit: int = 0):
+    """The space's chunk table, brought up to date with the addresses and flags of this pass."""
+    if space.table is None:
+        sizes = [p.numel() for p in space.params]
+        space.table = _cpu.Table(_DTYPES[space.dtype], space.offsets, sizes, space.groups, space.joined)
+    flags = [_CLIMBED if climbed else 0 for climbed in space.climbed]
+    if bit and started:
+        flags = [f | bit if s else f for f, s in zip(flags, started, strict=True)]
+    types = [0 if g is None else _DTYPES[g.dtype] for g in space.gradients]
+    space.table.update(space.weights, space.gradient_addresses, types, flags)
+    return space.table
+
+
+def _backup(space: FlatSpace) -> int:
+    return _address(space.buffer("backup").flat) if any(space.climbed) else 0
+
+
+def _address(flat: Tensor | None) -> int:
+    return 0 if flat is None else flat.data_ptr()

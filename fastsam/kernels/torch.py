@@ -1,0 +1,158 @@
+"""The specification: every kernel in plain torch, on any device, one parameter after another.
+
+Weights, gradients and state of half precision are computed in float32 and rounded once, when they are stored;
+float64 is computed in float64. Sums are formed in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsam.flat import FlatSpace
+from fastsam.kernels import Ascent, Descent
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
+    """<d,d>, <d,v> and <v,v> over every parameter with a gradient, as float64.
+
+    d = g, or g - sigma m where m has met the parameter. With ``weighted``, adaptive groups count w d in <d,d>.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=space.device)
+    for i in _with_gradient(space):
+        group = ascent.groups[space.groups[i]]
+        d = direction(space, ascent, i).double()
+        if ascent.vector is not None:
+            v = _wide(_part(space, ascent.vector, i)).double()
+            sums[1] += (d * v).sum()
+            sums[2] += (v * v).sum()
+        if ascent.weighted and group["adaptive"]:
+            d = d * _weight(space, i).double()
+        sums[0] += (d * d).sum()
+    return sums
+
+
+def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
+    """backup <- w;  w <- w + D (c_d d + c_v v), D = w^2 if adaptive else 1;  m_next <- lmbda m + (1 - lmbda) g."""
+    finite = all_finite(sums)
+    for i in _with_gradient(space):
+        p, group = space.params[i], ascent.groups[space.groups[i]]
+        _part(space, space.buffer("backup").flat, i).copy_(p)
+        space.climbed[i] = True
+        if not finite:
+            continue
+        w, g = _weight(space, i), _gradient(space, i)
+        c_d, c_v = ascent.coefficients(*sums.tolist(), group)
+        e = direction(space, ascent, i) * c_d
+        if ascent.vector is not None:
+            e = e + _wide(_part(space, ascent.vector, i)) * c_v
+        if group["adaptive"]:
+            e = e * (w * w)
+        p.copy_(w + e)
+        if ascent.ema_next is not None:
+            m_next = g
+            if ascent.ema_started[i]:
+                m = _wide(_part(space, ascent.ema, i))
+                m_next = m * group["lmbda"] + g * (1 - group["lmbda"])
+            _part(space, ascent.ema_next, i).copy_(m_next)
+
+
+def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    """w <- backup, then ``torch.optim.SGD``'s update with momentum, dampening, nesterov, weight decay, maximize."""
+    restore(space)
+    if not all_finite(sums):
+        return
+    for i in _with_gradient(space):
+        group = descent.groups[space.groups[i]]
+        w, g = _weight(space, i), _gradient(space, i)
+        if group["maximize"]:
+            g = -g
+        if group["weight_decay"] != 0:
+            g = g + w * group["weight_decay"]
+        if group["momentum"] != 0:
+            buffer = _part(space, descent.state["momentum_buffer"], i)
+            new = g
+            if descent.started[i]:
+                new = _wide(buffer) * group["momentum"] + g * (1 - group["dampening"])
+            buffer.copy_(new)
+            g = g + new * group["momentum"] if group["nesterov"] else new
+        if group["lr"] != 0:
+            space.params[i].copy_(w - g * float(group["lr"]))
+
+
+def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    """w <- backup, then ``torch.optim.Adam``'s update, or ``AdamW``'s where the decay is decoupled."""
+    restore(space)
+    if not all_finite(sums):
+        return
+    for i in _with_gradient(space):
+        group = descent.groups[space.groups[i]]
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        w, g = _weight(space, i), _gradient(space, i)
+        step = descent.state["step"][i]
+        step += 1
+        if group["maximize"]:
+            g = -g
+        if group["weight_decay"] != 0:
+            if group["decoupled_weight_decay"]:
+                w = w * (1 - lr * group["weight_decay"])
+            else:
+                g = g + w * group["weight_decay"]
+        exp_avg, exp_avg_sq = (_part(space, descent.state[k], i) for k in ("exp_avg", "exp_avg_sq"))
+        first = _wide(exp_avg) + (g - _wide(exp_avg)) * (1 - beta1)
+        second = _wide(exp_avg_sq) * beta2 + g * g * (1 - beta2)
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+        step_size = lr / (1 - beta1 ** float(step))
+        denominator = second.sqrt() / (1 - beta2 ** float(step)) ** 0.5 + group["eps"]
+        if lr != 0:
+            space.params[i].copy_(w - first / denominator * step_size)
+
+
+def restore(space: FlatSpace) -> None:
+    """w <- backup for every climbed parameter, bit for bit."""
+    for i, climbed in enumerate(space.climbed):
+        if climbed:
+            space.params[i].copy_(_part(space, space.buffer("backup").flat, i))
+
+
+def direction(space: FlatSpace, ascent: Ascent, i: int) -> Tensor:
+    """d = g - sigma m, or g where there is no m yet."""
+    g = _gradient(space, i)
+    if ascent.ema is None or not ascent.ema_started[i]:
+        return g
+    return g - _wide(_part(space, ascent.ema, i)) * ascent.groups[space.groups[i]]["sigma"]
+
+
+def all_finite(sums: Tensor) -> bool:
+    return bool(sums.isfinite().all())
+
+
+def _with_gradient(space: FlatSpace) -> list[int]:
+    return [i for i, g in enumerate(space.gradients) if g is not None]
+
+
+def _part(space: FlatSpace, flat: Tensor, i: int) -> Tensor:
+    """Parameter i's part of a flat buffer, shaped like the parameter."""
+    p, offset = space.params[i], space.offsets[i]
+    return flat[offset : offset + p.numel()].as_strided(p.shape, p.stride())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _weight(space: FlatSpace, i: int) -> Tensor:
+    return _wide(space.params[i].detach())
+
+
+def _gradient(space: FlatSpace, i: int) -> Tensor:
+    return _wide(space.gradients[i].detach())

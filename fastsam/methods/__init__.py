@@ -1,0 +1,1 @@
+"""One method a file: its mathematics in the docstring, its recipe underneath."""

@@ -1,0 +1,51 @@
+r"""SAM and ASAM.
+
+SAM climbs to the (linearised) worst point of a ball of radius rho before it takes the gradient:
+
+    e = rho g / (||g|| + 1e-12)
+
+ASAM (``adaptive=True``) measures the ball relative to the weights, with D = w^2 elementwise:
+
+    e = rho w^2 g / (|| |w| g || + 1e-12)
+
+Norms are global over all groups. Sources: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
+Generalization", ICLR 2021; Kwon et al., "ASAM", ICML 2021.
+"""
+
+from __future__ import annotations
+
+from fastsam.checks import at_least
+from fastsam.optimizer import NORM_EPSILON, SharpnessAware
+
+
+class SAM(SharpnessAware):
+    """Sharpness-aware minimisation around any ``torch.optim`` optimizer.
+
+    Args:
+        params: parameters or groups. A group may set its own ``rho`` and ``adaptive``, and ``perturb=False``.
+        base_optimizer: an optimizer class, such as ``torch.optim.SGD``.
+        rho: radius of the perturbation, in the units of the weights (of relative weights if adaptive); >= 0.
+        adaptive: ASAM's ball instead of SAM's.
+        backend: ``"auto"``, or a name from :func:`fastsam.backends`.
+        base_kwargs: arguments of the base optimizer (``lr``, ``momentum``, ...).
+
+    Raises:
+        ValueError: a hyper-parameter out of range, an unknown backend, an empty parameter list.
+        TypeError: parameters that are not real floating-point tensors, a base optimizer that is no class.
+
+    Example:
+        >>> optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.first_step(zero_grad=True)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.second_step(zero_grad=True)
+    """
+
+    def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, *, backend="auto", **base_kwargs):
+        super().__init__(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend, base_kwargs)
+
+    def coefficients(self, dd, dv, vv, group):
+        return group["rho"] / (dd**0.5 + NORM_EPSILON), 0.0
+
+    def check_group(self, group):
+        at_least(0, "rho", group["rho"])

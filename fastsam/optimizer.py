@@ -1,0 +1,434 @@
+"""The two-pass protocol that every method shares.
+
+    climb     d from the gradients at w;  w <- w + e
+    descend   w restored;  the base optimizer's update with the gradients at w + e
+
+A step is a transaction: it happens as a whole, or (an exception, a NaN, an infinity) weights and state are bit
+for bit what they were before it. The methods in ``fastsam.methods`` add which vectors span e and with which
+coefficients; the base optimizer stays a real ``torch.optim`` optimizer with the same groups and state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastsam import kernels
+from fastsam.descent import fused_rule
+from fastsam.flat import FlatSpace, clear_gradients, describe
+from fastsam.kernels import Ascent, Descent
+
+
+#: Added to every norm before a division, as the authors of SAM do.
+NORM_EPSILON = 1e-12
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """Base class of the methods: owns the flat spaces and runs the passes.
+
+    A method subclasses it, names its hyper-parameters in ``defaults``, sets the class attributes below, and
+    overrides :meth:`coefficients` and :meth:`check_group`.
+    """
+
+    #: d = g - sigma m with an exponential moving average m of the gradients
+    uses_ema = False
+    #: a second vector v, the top Hessian eigenvector
+    uses_eigenvector = False
+    #: whether an adaptive group's norm is of |w| d (ASAM) or of d
+    weighted_norm = True
+
+    def __init__(self, params, base_optimizer: Callable, defaults: dict, backend: str, base_kwargs: dict) -> None:
+        if isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"base_optimizer={type(base_optimizer).__name__}(...) is an optimizer already; pass its class and the "
+                "arguments: SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)"
+            )
+        if not callable(base_optimizer):
+            raise TypeError(f"base_optimizer={base_optimizer!r} must be an optimizer class, such as torch.optim.SGD")
+        kernels.check(backend)
+        self.backend = backend
+        self._spaces: list[FlatSpace] | None = None
+        self._perturbed = False
+        self._sums: Tensor | None = None
+        super().__init__(params, {**defaults, "perturb": True, **base_kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.defaults.update(self.base_optimizer.defaults)
+        self._share_with_base()
+
+    # ---- what a method says of itself ------------------------------------------------------------------
+
+    def coefficients(self, dd: float, dv: float, vv: float, group: dict) -> tuple[float, float]:
+        """(c_d, c_v) of the perturbation e = c_d d + c_v v, from the Gram sums <d,d>, <d,v> and <v,v>."""
+        raise NotImplementedError
+
+    def check_group(self, group: dict) -> None:
+        """Raises ``ValueError`` for a hyper-parameter of ``group`` outside its range."""
+
+    # ---- the two passes --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Climbs: w <- w + e, from the gradients at w. ``zero_grad`` clears them afterwards.
+
+        Raises ``RuntimeError`` if the weights are perturbed already, ``ValueError`` or ``TypeError`` for
+        gradients or hyper-parameters that cannot be used; nothing has changed then.
+        """
+        if self._perturbed:
+            raise RuntimeError(
+                "first_step() was called twice in a row: the weights are perturbed already; "
+                "call second_step(), or restore() to abandon the step"
+            )
+        for group in self.param_groups:
+            self.check_group(group)
+        spaces = self._current_spaces()
+        for space in spaces:
+            space.collect_gradients()
+            space.climbed = [False] * len(space.params)
+        climbing = [space for space in spaces if space.perturbed]
+        ascents = [self._ascent(space) for space in climbing]
+        self._sums = self._total(
+            [space.kernels.gram(space, ascent) for space, ascent in zip(climbing, ascents, strict=True)]
+        )
+        with self._or_restored(), _uninterrupted():
+            self._perturbed = True
+            for space, ascent in zip(climbing, ascents, strict=True):
+                space.kernels.climb(space, ascent, self._sums.to(space.device))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Restores w and applies the base optimizer's update with the gradients at w + e.
+
+        After any exception the weights are restored and no state has changed. Raises ``RuntimeError`` without a
+        ``first_step`` before it.
+        """
+        if not self._perturbed:
+            raise RuntimeError("second_step() without first_step(): compute gradients, call first_step(), then again")
+        with self._or_restored(), _uninterrupted():
+            self._find_states()
+            for space in self._spaces:
+                self._follow(space)
+                space.collect_gradients()
+            guard = [space.kernels.gram(space, Ascent(self.param_groups)) for space in self._spaces]
+            self._sums = self._sums + self._total(guard)
+            rule = fused_rule(self.base_optimizer)
+            if rule is None:
+                self._restore_then_base_step()
+            else:
+                for space in self._spaces:
+                    self._descend(space, rule)
+            if self.uses_ema and self._finite():
+                self._find_states()  # the base optimizer's own step may have added some
+                self._keep_averages()
+            self._perturbed = False
+        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the weights back and abandons the step; does nothing if they are not perturbed."""
+        if not self._perturbed:
+            return
+        for space in self._spaces:
+            self._follow(space)
+            space.kernels.restore(space)
+        self._perturbed = False
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """``with opt.perturbed(): ...``: climbs on entry, restores the weights on exit whatever happens.
+
+        No update is made. The gradients at entry give the perturbation.
+        """
+        self.first_step()
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
+
+        It is evaluated twice, at w and at w + e; gradients are cleared before each pass and on return; the
+        first loss is returned. Raises ``RuntimeError`` if gradients from elsewhere are present: they
+        would be lost (see :meth:`finish`), and ``TypeError`` for a closure that is missing or returns no loss.
+        """
+        self._check_closure(closure, "step")
+        if self._perturbed:
+            raise RuntimeError("step(closure) between first_step() and second_step(): finish that step, or restore()")
+        if self._has_gradients():
+            raise RuntimeError(
+                "step(closure) found gradients that it did not compute: it evaluates the closure for both passes. "
+                "If loss.backward() was called just before, write optimizer.finish(closure) instead of "
+                "optimizer.step(closure); otherwise call optimizer.zero_grad() first"
+            )
+        self.zero_grad()
+        loss = self._evaluate(closure)
+        self._finish(closure)
+        return loss
+
+    def finish(self, closure: Callable[[], Tensor]):
+        """The step of ``loss.backward(); optimizer.finish(closure)``, as davda54's and F-SAM's code write it.
+
+        The gradients at hand are those of the first pass; ``closure`` (a full forward and backward pass) is
+        evaluated once, at w + e. Gradients are cleared on return; the closure's loss is returned.
+        """
+        self._check_closure(closure, "finish")
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "
+                "which evaluates the closure for both passes"
+            )
+        return self._finish(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears every gradient; those of :func:`fastsam.flatten_parameters` are zeroed where they are."""
+        clear_gradients([p for group in self.param_groups for p in group["params"]], set_to_none)
+
+    @property
+    def found_inf(self) -> Tensor:
+        """1.0 where the last step met a NaN or an infinity and changed nothing, else 0.0; float32, 0-dimensional.
+
+        A tensor on the device of the first parameter, so that reading the attribute does not wait for it.
+        """
+        if self._sums is None:
+            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        return (~self._sums.isfinite().all()).float()
+
+    # ---- groups, state and checkpoints -------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        """``torch.optim.Optimizer.add_param_group``; a group may also say ``perturb=False``.
+
+        Such a group is updated, but neither climbed nor backed up. Raises ``ValueError`` or ``TypeError`` for
+        hyper-parameters out of range and for parameters that are not real floating-point tensors.
+        """
+        if self._perturbed:
+            raise RuntimeError("add_param_group() between first_step() and second_step(): finish the step first")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check_group(group)
+            for p in group["params"]:
+                if not p.is_floating_point():
+                    raise TypeError(
+                        f"{describe(p)} has dtype {p.dtype}; only real floating-point parameters can be perturbed, "
+                        "leave it out of the groups"
+                    )
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        self._spaces = None
+
+    def state_dict(self) -> dict:
+        """As torch's own: the base optimizer's state and the method's, never the backup.
+
+        Raises ``RuntimeError`` between the passes: a checkpoint written there would hold perturbed weights.
+        """
+        if self._perturbed:
+            raise RuntimeError(
+                "state_dict() between first_step() and second_step(): the weights are perturbed; "
+                "take the checkpoint after second_step(), or call restore() first"
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads a checkpoint of this method, of the authors' code, or of the base optimizer alone.
+
+        What the checkpoint's groups do not name keeps its present value; their ``old_p`` is left out.
+        """
+        if self._perturbed:
+            raise RuntimeError("load_state_dict() between first_step() and second_step(): finish the step first")
+        groups = [
+            {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
+            for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ] + state_dict["param_groups"][len(self.param_groups) :]
+        state = {
+            i: {k: v for k, v in s.items() if k != "old_p"} if isinstance(s, dict) else s
+            for i, s in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._share_with_base()
+
+    def __getstate__(self) -> dict:
+        if self._perturbed:
+            raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_spaces", "_members", "_entries", "_sums", "step")}
+        return {**own, "_spaces": None, "_sums": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "base_optimizer" in state:  # a copied or unpickled optimizer, not a loaded state dict
+            self.base_optimizer.param_groups = self.param_groups
+            self.base_optimizer.state = self.state
+
+    # ---- underneath --------------------------------------------------------------------------------------
+
+    def _share_with_base(self) -> None:
+        """One list of groups and one state for both, so that either can be scheduled, saved or inspected."""
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def _current_spaces(self) -> list[FlatSpace]:
+        """The flat spaces, rebuilt if parameters were added, replaced, moved or changed."""
+        members = [(list(map(id, group["params"])), bool(group["perturb"])) for group in self.param_groups]
+        if self._spaces is None or members != self._members or not all(s.still_fits() for s in self._spaces):
+            split: dict[tuple, dict[Tensor, int]] = {}
+            for g, group in enumerate(self.param_groups):
+                for p in group["params"]:
+                    split.setdefault((p.device, p.dtype, bool(group["perturb"])), {}).setdefault(p, g)
+            spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
+            for space in spaces:
+                space.kernels = kernels.choose(self.backend, space.device, space.dtype)
+            self._spaces, self._members, self._entries = spaces, members, None
+        self._find_states()
+        return self._spaces
+
+    def _find_states(self) -> None:
+        """Has every space look up its state again if an entry of ``self.state`` was added or replaced."""
+        entries = list(map(id, self.state.values()))
+        if entries != self._entries:
+            for space in self._spaces:
+                space.find_states(self.state)
+            self._entries = entries
+
+    def _follow(self, space: FlatSpace) -> None:
+        if not space.still_fits():
+            raise RuntimeError(
+                "a parameter changed its shape, strides, dtype or device between first_step() and second_step(); "
+                "change the model between steps"
+            )
+
+    def _ascent(self, space: FlatSpace) -> Ascent:
+        ascent = Ascent(self.param_groups, self.coefficients, weighted=self.weighted_norm)
+        if self.uses_ema:
+            ascent.ema_started = space.adopt("momentum", space.buffer("momentum"))
+            ascent.ema = space.buffer("momentum").flat
+            ascent.ema_next = space.buffer("momentum_next").flat
+        if self.uses_eigenvector and any(space.adopt("eigenvector", space.buffer("eigenvector"))):
+            ascent.vector = space.buffer("eigenvector").flat
+        return ascent
+
+    def _total(self, sums: list[Tensor]) -> Tensor:
+        """The Gram sums over every space, on the first one's device."""
+        if not sums:
+            return torch.zeros(3, dtype=torch.float64)
+        total = sums[0]
+        for other in sums[1:]:
+            total = total + other.to(total.device)
+        return total
+
+    def _finite(self) -> bool:
+        return all(map(math.isfinite, self._sums.tolist()))
+
+    def _descend(self, space: FlatSpace, rule) -> None:
+        state = {}
+        started = [True] * len(space.params)
+        for name in rule.state_names(self.param_groups):
+            buffer = space.step_counts() if name == "step" else space.buffer(name)
+            started = space.adopt(name, buffer)
+            state[name] = buffer.flat
+        descent = Descent(rule.groups(self.param_groups), state, started)
+        getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
+        if state and self._finite():
+            for i, g in enumerate(space.gradients):
+                if g is not None and not started[i]:
+                    for name in state:
+                        buffer = space.step_counts() if name == "step" else space.buffer(name)
+                        space.publish(self.state, name, buffer, i)
+
+    def _restore_then_base_step(self) -> None:
+        for space in self._spaces:
+            space.kernels.restore(space)
+        if not self._finite():
+            return
+        with self._own_state_hidden():
+            self.base_optimizer.step()
+
+    @contextlib.contextmanager
+    def _own_state_hidden(self) -> Iterator[None]:
+        """Optimizers take a parameter whose state is not empty for one they have met."""
+        hidden = []
+        for p, state in self.state.items():
+            for name in ("momentum", "eigenvector"):
+                if name in state and (name == "eigenvector" or self.uses_ema):
+                    hidden.append((p, name, state.pop(name)))
+        try:
+            yield
+        finally:
+            for p, name, value in hidden:
+                self.state[p][name] = value
+
+    def _keep_averages(self) -> None:
+        """The averages written by climb become the state; parameters without a gradient keep theirs."""
+        for space in self._spaces:
+            if not space.perturbed:
+                continue
+            old, new = space.buffer("momentum"), space.buffer("momentum_next")
+            for i, entry in enumerate(space.states):
+                if not space.climbed[i]:
+                    if entry is None or "momentum" not in entry:
+                        continue
+                    new.views[i].copy_(old.views[i])
+                space.publish(self.state, "momentum", new, i)
+            space.swap("momentum", "momentum_next")
+
+    def _check_closure(self, closure, method: str) -> None:
+        if closure is None:
+            raise TypeError(
+                f"{method}() needs a closure that does a full forward and backward pass and returns the loss; "
+                "in a manual loop call first_step() and second_step()"
+            )
+
+    def _has_gradients(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return any(bool(g.any()) if g.layout == torch.strided else True for g in gradients)
+
+    def _evaluate(self, closure):
+        with torch.enable_grad():
+            loss = closure()
+        if loss is None:
+            raise TypeError("the closure returned None: it must return the loss after loss.backward()")
+        return loss
+
+    def _finish(self, closure):
+        with self._or_restored():
+            self.first_step(zero_grad=True)
+            loss = self._evaluate(closure)
+        self.second_step(zero_grad=True)
+        return loss
+
+    @contextlib.contextmanager
+    def _or_restored(self) -> Iterator[None]:
+        """Whatever exception leaves the block, the weights are back before it goes on."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back for the milliseconds in which weights, backup and flags must change together."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pending = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pending and callable(handler):
+        handler(*pending[0])
+
