@@ -124,7 +124,7 @@ class SharpnessAware(torch.optim.Optimizer):
             else:
                 for space in self._spaces:
                     self._descend(space, rule)
-            if self.uses_ema and self._finite():
+            if self.uses_ema and self._committed():
                 self._find_states()  # the base optimizer's own step may have added some
                 self._keep_averages()
             self._perturbed = False
@@ -327,29 +327,36 @@ class SharpnessAware(torch.optim.Optimizer):
             total = total + other.to(total.device)
         return total
 
-    def _finite(self) -> bool:
-        return all(map(math.isfinite, self._sums.tolist()))
+    def _committed(self) -> bool:
+        """Whether the step counts, as far as the host knows: it never waits for a device to say.
+
+        Where a device decides, its kernels leave every buffer as it was if the sums are not finite.
+        """
+        on_host = all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
+        return all(map(math.isfinite, self._sums.tolist())) if on_host else True
 
     def _descend(self, space: FlatSpace, rule) -> None:
-        state = {}
+        buffers = {
+            name: space.step_counts() if name == "step" else space.buffer(name)
+            for name in rule.state_names(self.param_groups)
+        }
         started = [True] * len(space.params)
-        for name in rule.state_names(self.param_groups):
-            buffer = space.step_counts() if name == "step" else space.buffer(name)
+        for name, buffer in buffers.items():
             started = space.adopt(name, buffer)
-            state[name] = buffer.flat
-        descent = Descent(rule.groups(self.param_groups), state, started)
+        descent = Descent(rule.groups(self.param_groups), {k: b.flat for k, b in buffers.items()}, started)
+        if self.uses_ema and space.perturbed:
+            descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer("momentum_next").flat
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
-        if state and self._finite():
+        if self._committed():
             for i, g in enumerate(space.gradients):
                 if g is not None and not started[i]:
-                    for name in state:
-                        buffer = space.step_counts() if name == "step" else space.buffer(name)
+                    for name, buffer in buffers.items():
                         space.publish(self.state, name, buffer, i)
 
     def _restore_then_base_step(self) -> None:
         for space in self._spaces:
             space.kernels.restore(space)
-        if not self._finite():
+        if not all(map(math.isfinite, self._sums.tolist())):  # a base optimizer cannot decide on the device
             return
         with self._own_state_hidden():
             self.base_optimizer.step()

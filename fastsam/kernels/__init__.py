@@ -11,7 +11,8 @@ A backend is a module with five functions over a :class:`~fastsam.flat.FlatSpace
 =====================================  ==========================================================================
 
 Where ``sums`` is not finite, ``climb`` only backs up and ``descend`` only restores: a step that met a NaN or an
-infinity changes nothing. ``kernels/torch.py`` is the specification the others are tested against.
+infinity changes nothing. ``DECIDES_ON_HOST`` says whether the host waits for the sums to see that; a backend that
+decides on the device is never waited for. ``kernels/torch.py`` is the specification the others are tested against.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Descent:
     groups: Sequence[dict]
     state: dict[str, Tensor]  # the base optimizer's flat buffers by their names
     started: Sequence[bool]  # parameters that have base state already
+    ema: Tensor | None = None  # m and the one climb wrote: a backend that decides on the device copies
+    ema_next: Tensor | None = None  # m over it where the step does not count
 
 
 def backends() -> dict[str, str]:

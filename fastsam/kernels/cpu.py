@@ -24,6 +24,9 @@ except ImportError as error:
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CLIMBED, _EMA_STARTED, _STATE_STARTED = 1, 2, 4
 
+#: The sums are looked at as soon as they are there.
+DECIDES_ON_HOST = True
+
 
 def unavailable() -> str | None:
     if _cpu is not None:

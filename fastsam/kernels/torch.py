@@ -12,6 +12,9 @@ from torch import Tensor
 from fastsam.flat import FlatSpace
 from fastsam.kernels import Ascent, Descent
 
+#: The sums are looked at as soon as they are there.
+DECIDES_ON_HOST = True
+
 
 def unavailable() -> str | None:
     return None
