@@ -60,13 +60,15 @@ class FlatSpace:
         self.offsets, self.numel = _offsets(self.params, self.joined)
         self.gradients: list[Tensor | None] = [None] * len(self.params)
         self.gradient_addresses = [0] * len(self.params)
+        self.gradient_dtypes = [self.dtype] * len(self.params)
         self.climbed = [False] * len(self.params)
         self.states: list[dict | None] = [None] * len(self.params)
         self.kernels = None  # the backend that serves this space
         self.table = None  # that backend's own view of the addresses
         self._strides = [p.stride() for p in self.params]
         self._sizes = [p.numel() for p in self.params]
-        self._dtypes = [self.dtype] * len(self.params)
+        self._devices = [self.params[0].get_device()] * len(self.params)
+        self._dtypes = self.gradient_dtypes
         self._buffers: dict[str, FlatBuffer | StepCounts] = {}
 
     def buffer(self, name: str) -> FlatBuffer:
@@ -101,11 +103,16 @@ class FlatSpace:
                 self.states[i][name] = buffer.views[i]
         return [value is not None for value in values]
 
-    def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, i: int) -> None:
-        """Makes parameter i's view of ``buffer`` its ``state[p][name]``."""
-        if self.states[i] is None:
-            self.states[i] = state[self.params[i]]
-        self.states[i][name] = buffer.views[i]
+    def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, which: Sequence[bool]) -> None:
+        """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters that ``which`` marks."""
+        if None in self.states:
+            self.states = [
+                state[p] if marked and entry is None else entry
+                for p, entry, marked in zip(self.params, self.states, which, strict=True)
+            ]
+        for entry, view, marked in zip(self.states, buffer.views, which, strict=True):
+            if marked:
+                entry[name] = view
 
     def still_fits(self) -> bool:
         """Whether the parameters are still what the space was built for; follows weights that only moved."""
@@ -123,24 +130,26 @@ class FlatSpace:
         or ``TypeError``, naming the parameter by its shape, for any other that does not match.
         """
         gradients = [p.grad for p in self.params]
-        for i in self._mismatches(gradients):
-            gradients[i] = _matching_gradient(self.params[i], gradients[i])
+        if self._all_match(gradients):
+            self.gradient_addresses = list(map(Tensor.data_ptr, gradients))
+            self.gradient_dtypes = self._dtypes
+        else:
+            gradients = [None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)]
+            self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
+            self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in gradients]
         self.gradients = gradients
-        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
 
-    def _mismatches(self, gradients: list[Tensor | None]) -> list[int]:
-        """Indices of the gradients that need a closer look; written for the usual case, in which none does."""
+    def _all_match(self, gradients: list[Tensor | None]) -> bool:
+        """The usual case, in which no gradient needs a closer look; this runs in every pass."""
         try:
-            if (
+            return (
                 list(map(Tensor.stride, gradients)) == self._strides
                 and list(map(Tensor.numel, gradients)) == self._sizes
+                and list(map(Tensor.get_device, gradients)) == self._devices
                 and [g.dtype for g in gradients] == self._dtypes
-                and {g.device for g in gradients} == {self.device}
-            ):
-                return []
-        except (TypeError, RuntimeError, AttributeError):  # a missing or a sparse gradient
-            pass
-        return [i for i, g in enumerate(gradients) if g is not None]
+            )
+        except (TypeError, RuntimeError):  # a missing or a sparse gradient
+            return False
 
 
 def flatten_parameters(model: torch.nn.Module) -> None:

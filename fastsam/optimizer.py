@@ -347,11 +347,10 @@ class SharpnessAware(torch.optim.Optimizer):
         if self.uses_ema and space.perturbed:
             descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer("momentum_next").flat
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
-        if self._committed():
-            for i, g in enumerate(space.gradients):
-                if g is not None and not started[i]:
-                    for name, buffer in buffers.items():
-                        space.publish(self.state, name, buffer, i)
+        if self._committed() and not all(started):
+            updated = [g is not None for g in space.gradients]
+            for name, buffer in buffers.items():
+                space.publish(self.state, name, buffer, updated)
 
     def _restore_then_base_step(self) -> None:
         for space in self._spaces:
@@ -381,12 +380,15 @@ class SharpnessAware(torch.optim.Optimizer):
             if not space.perturbed:
                 continue
             old, new = space.buffer("momentum"), space.buffer("momentum_next")
-            for i, entry in enumerate(space.states):
-                if not space.climbed[i]:
-                    if entry is None or "momentum" not in entry:
-                        continue
-                    new.views[i].copy_(old.views[i])
-                space.publish(self.state, "momentum", new, i)
+            if all(space.climbed):
+                kept = space.climbed
+            else:
+                kept = [entry is not None and "momentum" in entry for entry in space.states]
+                for i, keeps in enumerate(kept):
+                    if keeps and not space.climbed[i]:
+                        new.views[i].copy_(old.views[i])
+                kept = [a or b for a, b in zip(kept, space.climbed, strict=True)]
+            space.publish(self.state, "momentum", new, kept)
             space.swap("momentum", "momentum_next")
 
     def _check_closure(self, closure, method: str) -> None:

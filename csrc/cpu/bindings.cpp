@@ -128,7 +128,9 @@ PYBIND11_MODULE(_cpu, m) {
                        std::vector<bool> joined) {
         return Table(static_cast<Dtype>(dtype), std::move(offsets), std::move(sizes), std::move(groups), std::move(joined));
       }))
-      .def("update", &Table::update)
+      .def("set_gradient_types", &Table::set_gradient_types)
+      .def("set_addresses", &Table::set_addresses)
+      .def("set_flags", &Table::set_flags)
       .def_property_readonly("rows", [](const Table& t) { return t.rows.size(); })
       .def_property_readonly("chunks", [](const Table& t) { return t.chunks.size(); });
 

@@ -47,17 +47,30 @@ class Table {
       : dtype(dtype), offsets_(std::move(offsets)), sizes_(std::move(sizes)), groups_(std::move(groups)),
         joined_(std::move(joined)) {}
 
-  void update(const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& gradients,
-              const std::vector<uint8_t>& gradient_types, const std::vector<uint8_t>& flags) {
+  void set_gradient_types(std::vector<uint8_t> types) {
+    gradient_types_ = std::move(types);
+    flags_.clear();
+  }
+
+  void set_addresses(std::vector<uintptr_t> weights, std::vector<uintptr_t> gradients) {
+    weights_ = std::move(weights);
+    gradients_ = std::move(gradients);
+    flags_.clear();
+  }
+
+  // Rebuilds rows and chunks if the flags, or the addresses before them, have changed.
+  void set_flags(std::vector<uint8_t> flags) {
+    if (flags == flags_) return;
+    flags_ = std::move(flags);
     rows.clear();
     chunks.clear();
     elements = 0;
     int previous = -2;
     for (size_t i = 0; i < sizes_.size(); ++i) {
-      const bool taken = gradients[i] || (flags[i] & kClimbed);
+      const bool taken = gradients_[i] || (flags_[i] & kClimbed);
       if (!taken || sizes_[i] == 0) continue;
-      const Row row{reinterpret_cast<char*>(weights[i]), reinterpret_cast<const char*>(gradients[i]), offsets_[i],
-                    sizes_[i], groups_[i], static_cast<int32_t>(i), flags[i], static_cast<Dtype>(gradient_types[i])};
+      const Row row{reinterpret_cast<char*>(weights_[i]), reinterpret_cast<const char*>(gradients_[i]), offsets_[i],
+                    sizes_[i], groups_[i], static_cast<int32_t>(i), flags_[i], static_cast<Dtype>(gradient_types_[i])};
       if (previous == static_cast<int>(i) - 1 && joined_[i] && extends(rows.back(), row))
         rows.back().size += row.size;
       else
@@ -85,6 +98,8 @@ class Table {
   std::vector<int64_t> offsets_, sizes_;
   std::vector<int32_t> groups_;
   std::vector<bool> joined_;
+  std::vector<uintptr_t> weights_, gradients_;
+  std::vector<uint8_t> gradient_types_, flags_;
 };
 
 }  // namespace fastsam

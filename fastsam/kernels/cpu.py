@@ -75,7 +75,7 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
         c_d, c_v = ascent.coefficients(*values, g) if finite else (0.0, 0.0)
         groups.append((c_d, c_v, g.get("sigma", 0.0), g.get("lmbda", 0.0), g["adaptive"]))
     _cpu.climb(
-        space.table,  # as gram left it
+        space.table.rows,  # as gram left them
         _address(space.buffer("backup").flat),
         _address(ascent.ema),
         _address(ascent.ema_next),
@@ -156,14 +156,30 @@ def bandwidth(reads: int, writes: int, numel: int, threads: int | None = None, i
 def _table(space: FlatSpace, started=(), bit: int = 0):
     """The space's chunk table, brought up to date with the addresses and flags of this pass."""
     if space.table is None:
-        sizes = [p.numel() for p in space.params]
-        space.table = _cpu.Table(_DTYPES[space.dtype], space.offsets, sizes, space.groups, space.joined)
+        space.table = _Table(space)
     flags = [_CLIMBED if climbed else 0 for climbed in space.climbed]
     if bit and started:
         flags = [f | bit if s else f for f, s in zip(flags, started, strict=True)]
-    types = [0 if g is None else _DTYPES[g.dtype] for g in space.gradients]
-    space.table.update(space.weights, space.gradient_addresses, types, flags)
-    return space.table
+    return space.table.refresh(space, flags)
+
+
+class _Table:
+    """The compiled table, and which of the space's lists it was last given: the same list is not sent twice."""
+
+    def __init__(self, space: FlatSpace) -> None:
+        sizes = [p.numel() for p in space.params]
+        self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, sizes, space.groups, space.joined)
+        self._weights = self._gradients = self._dtypes = None
+
+    def refresh(self, space: FlatSpace, flags: list[int]):
+        if self._dtypes is not space.gradient_dtypes:
+            self._dtypes = space.gradient_dtypes
+            self.rows.set_gradient_types([_DTYPES[d] for d in self._dtypes])
+        if self._weights is not space.weights or self._gradients is not space.gradient_addresses:
+            self._weights, self._gradients = space.weights, space.gradient_addresses
+            self.rows.set_addresses(self._weights, self._gradients)
+        self.rows.set_flags(flags)
+        return self.rows
 
 
 def _backup(space: FlatSpace) -> int:
