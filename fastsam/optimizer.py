@@ -19,14 +19,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from torch.amp import GradScaler
+
 from fastsam import kernels
+from fastsam.amp import record_step, unscaling_factor
+from fastsam.checks import at_least
 from fastsam.descent import fused_rule
 from fastsam.flat import FlatSpace, clear_gradients, describe
 from fastsam.kernels import Ascent, Descent
+from fastsam.kernels.torch import clipped
 
 
 #: Added to every norm before a division, as the authors of SAM do.
 NORM_EPSILON = 1e-12
+
+_UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
 
 
 class SharpnessAware(torch.optim.Optimizer):
@@ -56,6 +63,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._spaces: list[FlatSpace] | None = None
         self._perturbed = False
         self._sums: Tensor | None = None
+        self._first_scaler: GradScaler | None = None
         super().__init__(params, {**defaults, "perturb": True, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.defaults.update(self.base_optimizer.defaults)
@@ -73,8 +81,10 @@ class SharpnessAware(torch.optim.Optimizer):
     # ---- the two passes --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Climbs: w <- w + e, from the gradients at w. ``zero_grad`` clears them afterwards.
+
+        With a ``grad_scaler`` the gradients are those of ``grad_scaler.scale(loss)`` (see ``fastsam.amp``).
 
         Raises ``RuntimeError`` if the weights are perturbed already, ``ValueError`` or ``TypeError`` for
         gradients or hyper-parameters that cannot be used; nothing has changed then.
@@ -91,39 +101,58 @@ class SharpnessAware(torch.optim.Optimizer):
             space.collect_gradients()
             space.climbed = [False] * len(space.params)
         climbing = [space for space in spaces if space.perturbed]
-        ascents = [self._ascent(space) for space in climbing]
+        factor = unscaling_factor(grad_scaler, self)
+        ascents = [self._ascent(space, factor) for space in climbing]
         self._sums = self._total(
             [space.kernels.gram(space, ascent) for space, ascent in zip(climbing, ascents, strict=True)]
         )
         with self._or_restored(), _uninterrupted():
             self._perturbed = True
+            self._first_scaler = grad_scaler
             for space, ascent in zip(climbing, ascents, strict=True):
                 space.kernels.climb(space, ascent, self._sums.to(space.device))
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
+    def second_step(
+        self,
+        zero_grad: bool = False,
+        *,
+        grad_scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> None:
         """Restores w and applies the base optimizer's update with the gradients at w + e.
+
+        ``max_norm`` clips these to a global norm, ``clip_value`` each to a magnitude, as torch's ``clip_grad_norm_``
+        and ``clip_grad_value_`` do, without a pass of its own. ``grad_scaler``: the one given to ``first_step``.
 
         After any exception the weights are restored and no state has changed. Raises ``RuntimeError`` without a
         ``first_step`` before it.
         """
         if not self._perturbed:
             raise RuntimeError("second_step() without first_step(): compute gradients, call first_step(), then again")
+        _check_clipping(max_norm, clip_value)
         with self._or_restored(), _uninterrupted():
+            if grad_scaler is not self._first_scaler:
+                raise RuntimeError("give the same grad_scaler to first_step() and second_step()")
+            factor = unscaling_factor(grad_scaler, self)
             self._find_states()
             for space in self._spaces:
                 self._follow(space)
                 space.collect_gradients()
-            guard = [space.kernels.gram(space, Ascent(self.param_groups)) for space in self._spaces]
-            self._sums = self._sums + self._total(guard)
+            guard = Ascent(self.param_groups, grad_scale=factor)
+            total = self._total([space.kernels.gram(space, guard) for space in self._spaces])
+            self._sums = torch.add(total, self._sums.to(total.device), alpha=0)  # 0 * inf is NaN: either pass counts
+            options = dict(grad_scale=factor, max_norm=max_norm, clip_value=clip_value)
             rule = fused_rule(self.base_optimizer)
             if rule is None:
-                self._restore_then_base_step()
+                self._restore_then_base_step(options)
             else:
                 for space in self._spaces:
-                    self._descend(space, rule)
+                    self._descend(space, rule, options)
+            record_step(grad_scaler, self, self.found_inf)
             if self.uses_ema and self._committed():
                 self._find_states()  # the base optimizer's own step may have added some
                 self._keep_averages()
@@ -154,11 +183,12 @@ class SharpnessAware(torch.optim.Optimizer):
         finally:
             self.restore()
 
-    def step(self, closure: Callable[[], Tensor] | None = None):
+    def step(self, closure: Callable[[], Tensor] | None = None, **options):
         """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
 
         It is evaluated twice, at w and at w + e; gradients are cleared before each pass and on return; the
-        first loss is returned. Raises ``RuntimeError`` if gradients from elsewhere are present: they
+        first loss is returned. ``options`` are those of :meth:`second_step`: ``grad_scaler``, ``max_norm``,
+        ``clip_value``. Raises ``RuntimeError`` if gradients from elsewhere are present: they
         would be lost (see :meth:`finish`), and ``TypeError`` for a closure that is missing or returns no loss.
         """
         self._check_closure(closure, "step")
@@ -172,10 +202,10 @@ class SharpnessAware(torch.optim.Optimizer):
             )
         self.zero_grad()
         loss = self._evaluate(closure)
-        self._finish(closure)
+        self._finish(closure, options)
         return loss
 
-    def finish(self, closure: Callable[[], Tensor]):
+    def finish(self, closure: Callable[[], Tensor], **options):
         """The step of ``loss.backward(); optimizer.finish(closure)``, as davda54's and F-SAM's code write it.
 
         The gradients at hand are those of the first pass; ``closure`` (a full forward and backward pass) is
@@ -187,7 +217,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "
                 "which evaluates the closure for both passes"
             )
-        return self._finish(closure)
+        return self._finish(closure, options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient; those of :func:`fastsam.flatten_parameters` are zeroed where they are."""
@@ -202,6 +232,16 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._sums is None:
             return torch.zeros((), device=self.param_groups[0]["params"][0].device)
         return (~self._sums.isfinite().all()).float()
+
+    @found_inf.setter
+    def found_inf(self, _) -> None:  # what GradScaler.step does first
+        raise RuntimeError(
+            "grad_scaler.step(optimizer) cannot run two passes: write optimizer.first_step(grad_scaler=scaler), "
+            "then optimizer.second_step(grad_scaler=scaler) and scaler.update()"
+        )
+
+    #: Has GradScaler.step call us even where it found an overflow: nobody else would restore the weights.
+    _step_supports_amp_scaling = True
 
     # ---- groups, state and checkpoints -------------------------------------------------------------------
 
@@ -262,8 +302,8 @@ class SharpnessAware(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         if self._perturbed:
             raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
-        own = {k: v for k, v in self.__dict__.items() if k not in ("_spaces", "_members", "_entries", "_sums", "step")}
-        return {**own, "_spaces": None, "_sums": None}
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_spaces", "_members", "_entries", "_sums", "_first_scaler", "step")}
+        return {**own, "_spaces": None, "_sums": None, "_first_scaler": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -308,8 +348,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 "change the model between steps"
             )
 
-    def _ascent(self, space: FlatSpace) -> Ascent:
-        ascent = Ascent(self.param_groups, self.coefficients, weighted=self.weighted_norm)
+    def _ascent(self, space: FlatSpace, grad_scale) -> Ascent:
+        ascent = Ascent(self.param_groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
         if self.uses_ema:
             ascent.ema_started = space.adopt("momentum", space.buffer("momentum"))
             ascent.ema = space.buffer("momentum").flat
@@ -335,7 +375,7 @@ class SharpnessAware(torch.optim.Optimizer):
         on_host = all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
         return all(map(math.isfinite, self._sums.tolist())) if on_host else True
 
-    def _descend(self, space: FlatSpace, rule) -> None:
+    def _descend(self, space: FlatSpace, rule, options: dict) -> None:
         buffers = {
             name: space.step_counts() if name == "step" else space.buffer(name)
             for name in rule.state_names(self.param_groups)
@@ -343,7 +383,7 @@ class SharpnessAware(torch.optim.Optimizer):
         started = [True] * len(space.params)
         for name, buffer in buffers.items():
             started = space.adopt(name, buffer)
-        descent = Descent(rule.groups(self.param_groups), {k: b.flat for k, b in buffers.items()}, started)
+        descent = Descent(rule.groups(self.param_groups), {k: b.flat for k, b in buffers.items()}, started, **options)
         if self.uses_ema and space.perturbed:
             descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer("momentum_next").flat
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
@@ -352,11 +392,16 @@ class SharpnessAware(torch.optim.Optimizer):
             for name, buffer in buffers.items():
                 space.publish(self.state, name, buffer, updated)
 
-    def _restore_then_base_step(self) -> None:
+    def _restore_then_base_step(self, options: dict) -> None:
         for space in self._spaces:
             space.kernels.restore(space)
         if not all(map(math.isfinite, self._sums.tolist())):  # a base optimizer cannot decide on the device
             return
+        descent = Descent(self.param_groups, {}, (), **options)
+        for space in self._spaces:
+            for g in space.gradients:
+                if g is not None and options != _UNTOUCHED:
+                    g.copy_(clipped(g * descent.grad_scale, descent, self._sums))
         with self._own_state_hidden():
             self.base_optimizer.step()
 
@@ -409,11 +454,11 @@ class SharpnessAware(torch.optim.Optimizer):
             raise TypeError("the closure returned None: it must return the loss after loss.backward()")
         return loss
 
-    def _finish(self, closure):
+    def _finish(self, closure, options: dict):
         with self._or_restored():
-            self.first_step(zero_grad=True)
+            self.first_step(zero_grad=True, grad_scaler=options.get("grad_scaler"))
             loss = self._evaluate(closure)
-        self.second_step(zero_grad=True)
+            self.second_step(zero_grad=True, **options)
         return loss
 
     @contextlib.contextmanager
@@ -424,6 +469,14 @@ class SharpnessAware(torch.optim.Optimizer):
         except BaseException:
             self.restore()
             raise
+
+
+def _check_clipping(max_norm: float | None, clip_value: float | None) -> None:
+    if max_norm is not None and clip_value is not None:
+        raise ValueError(f"max_norm={max_norm!r} and clip_value={clip_value!r}: clip by one of them")
+    for name, value in (("max_norm", max_norm), ("clip_value", clip_value)):
+        if value is not None:
+            at_least(0, name, value)
 
 
 @contextlib.contextmanager

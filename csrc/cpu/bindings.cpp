@@ -87,22 +87,22 @@ void descend(const Table& t, uintptr_t backup, int threads, Update update) {
 
 using SgdTuple = std::tuple<double, double, double, double, bool, bool>;  // lr, momentum, dampening, weight_decay, nesterov, maximize
 void descend_sgd(const Table& t, uintptr_t backup, uintptr_t momentum_buffer, const std::vector<SgdTuple>& tuples,
-                 double grad_scale, int threads) {
+                 double grad_scale, double clip_value, int threads) {
   std::vector<SgdGroup> groups;
   for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize] : tuples)
     groups.push_back({lr, momentum, 1 - dampening, weight_decay, nesterov, maximize});
-  const SgdArgs args{at<void>(backup), at<void>(momentum_buffer), groups.data(), grad_scale, worth_streaming(t)};
+  const SgdArgs args{at<void>(backup), at<void>(momentum_buffer), groups.data(), grad_scale, clip_value, worth_streaming(t)};
   descend(t, backup, threads, [&](const Piece& p) { kernels().sgd(p, args); });
 }
 
 // lr, beta1, beta2, eps, weight_decay, decoupled, maximize
 using AdamTuple = std::tuple<double, double, double, double, double, bool, bool>;
 void descend_adam(const Table& t, uintptr_t backup, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t steps,
-                  const std::vector<AdamTuple>& tuples, double grad_scale, int threads) {
+                  const std::vector<AdamTuple>& tuples, double grad_scale, double clip_value, int threads) {
   std::vector<AdamGroup> groups;
   for (const auto& [lr, beta1, beta2, eps, weight_decay, decoupled, maximize] : tuples)
     groups.push_back({lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
-  const AdamArgs args{at<void>(backup), at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), groups.data(), grad_scale,
+  const AdamArgs args{at<void>(backup), at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), groups.data(), grad_scale, clip_value,
                       worth_streaming(t)};
   descend(t, backup, threads, [&](const Piece& p) { kernels().adam(p, args); });
 }

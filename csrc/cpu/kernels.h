@@ -46,7 +46,7 @@ struct SgdArgs {
   const void* backup;
   void* momentum_buffer;  // null where no group has momentum
   const SgdGroup* groups;
-  double grad_scale;
+  double grad_scale, clip_value;  // gradients are multiplied by the first, then limited to the second
   bool stream;
 };
 
@@ -61,7 +61,7 @@ struct AdamArgs {
   void* exp_avg_sq;
   const float* steps;  // one for each parameter, already counted up
   const AdamGroup* groups;
-  double grad_scale;
+  double grad_scale, clip_value;
   bool stream;
 };
 

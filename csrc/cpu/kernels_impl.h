@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "lanes.h"
@@ -141,6 +142,14 @@ struct RestoreKernel {
   }
 };
 
+template <class T, class S>
+FASTSAM_INLINE T limited(T g, S limit) {
+  if (limit == std::numeric_limits<S>::infinity()) return g;
+  const T high = T{} + limit, low = T{} - limit;
+  g = g > high ? high : g;
+  return g < low ? low : g;
+}
+
 template <class W, class G>
 struct SgdKernel {
   using S = typename Compute<W>::Scalar;
@@ -153,13 +162,13 @@ struct SgdKernel {
     const bool climbed = p.row->flags & kClimbed;
     const W* source = climbed ? part<W>(a.backup, p) : w;
     W* buffer = h.has_momentum ? part<W>(a.momentum_buffer, p) : nullptr;
-    const S scale = S(a.grad_scale);
+    const S scale = S(a.grad_scale), limit = S(a.clip_value);
     const bool past_caches = a.stream && climbed && aligned(w);
     for_vectors<Compute<W>::lanes>(p.count, [&](int i, auto full, int count) FASTSAM_LAMBDA {
       constexpr bool F = decltype(full)::value;
       typename Compute<W>::Vector m = {};
       if (buffer && !h.fresh) m = load<F>(buffer + i, count);
-      const auto updated = sgd(load<F>(source + i, count), load<F>(g + i, count) * scale, m, h);
+      const auto updated = sgd(load<F>(source + i, count), limited(load<F>(g + i, count) * scale, limit), m, h);
       if (buffer) store<F>(buffer + i, m, count);
       store<F>(w + i, updated, count, past_caches);
     });
@@ -189,12 +198,12 @@ struct AdamKernel {
     const W* source = climbed ? part<W>(a.backup, p) : w;
     W* exp_avg = part<W>(a.exp_avg, p);
     W* exp_avg_sq = part<W>(a.exp_avg_sq, p);
-    const S scale = S(a.grad_scale);
+    const S scale = S(a.grad_scale), limit = S(a.clip_value);
     const bool past_caches = a.stream && climbed && aligned(w);
     for_vectors<Compute<W>::lanes>(p.count, [&](int i, auto full, int count) FASTSAM_LAMBDA {
       constexpr bool F = decltype(full)::value;
       auto first = load<F>(exp_avg + i, count), second = load<F>(exp_avg_sq + i, count);
-      const auto updated = adam(load<F>(source + i, count), load<F>(g + i, count) * scale, first, second, h,
+      const auto updated = adam(load<F>(source + i, count), limited(load<F>(g + i, count) * scale, limit), first, second, h,
                                 [](auto x) FASTSAM_LAMBDA { return square_root(x); });
       store<F>(exp_avg + i, first, count);
       store<F>(exp_avg_sq + i, second, count);

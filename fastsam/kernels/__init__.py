@@ -10,6 +10,7 @@ A backend is a module with five functions over a :class:`~fastsam.flat.FlatSpace
 ``restore(space)``                     write the backup back to every climbed weight
 =====================================  ==========================================================================
 
+``descend`` gets the sums of the second gradient, not finite if the first pass's were not.
 Where ``sums`` is not finite, ``climb`` only backs up and ``descend`` only restores: a step that met a NaN or an
 infinity changes nothing. ``DECIDES_ON_HOST`` says whether the host waits for the sums to see that; a backend that
 decides on the device is never waited for. ``kernels/torch.py`` is the specification the others are tested against.
@@ -40,7 +41,8 @@ class Ascent:
     ema_next: Tensor | None = None  # where lmbda m + (1 - lmbda) g goes
     ema_started: Sequence[bool] = ()  # parameters that m has met before; for the others d = g
     vector: Tensor | None = None  # v, flat
-    weighted: bool = False  # adaptive groups count ||w| d| in <d,d>
+    weighted: bool = False  # adaptive groups count |w| d in <d,d>
+    grad_scale: float | Tensor = 1.0  # gradients are multiplied by it as they are read
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Descent:
     groups: Sequence[dict]
     state: dict[str, Tensor]  # the base optimizer's flat buffers by their names
     started: Sequence[bool]  # parameters that have base state already
+    grad_scale: float | Tensor = 1.0  # gradients are multiplied by it as they are read, then clipped
+    max_norm: float | None = None  # to this norm, where <g,g> is sums[0], or
+    clip_value: float | None = None  # each to this magnitude
     ema: Tensor | None = None  # m and the one climb wrote: a backend that decides on the device copies
     ema_next: Tensor | None = None  # m over it where the step does not count
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsam.flat import FlatSpace
 from fastsam.kernels import Ascent, Descent
+from fastsam.kernels.torch import clip_coefficient
 
 try:
     from fastsam import _cpu
@@ -61,7 +62,7 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
         _address(ascent.vector),
         [(0.0, 0.0, g.get("sigma", 0.0), 0.0, g["adaptive"]) for g in ascent.groups],
         ascent.weighted,
-        1.0,
+        float(ascent.grad_scale),
         torch.get_num_threads(),
     )
     return torch.tensor(sums, dtype=torch.float64)
@@ -81,7 +82,7 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
         _address(ascent.ema_next),
         _address(ascent.vector),
         groups,
-        1.0,
+        float(ascent.grad_scale),
         not finite,
         torch.get_num_threads(),
     )
@@ -99,7 +100,7 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
             (float(g["lr"]), g["momentum"], g["dampening"], g["weight_decay"], g["nesterov"], g["maximize"])
             for g in descent.groups
         ],
-        1.0,
+        *_scale_and_limit(descent, sums),
         torch.get_num_threads(),
     )
 
@@ -126,7 +127,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
             )
             for g in descent.groups
         ],
-        1.0,
+        *_scale_and_limit(descent, sums),
         torch.get_num_threads(),
     )
 
@@ -151,6 +152,14 @@ def bandwidth(reads: int, writes: int, numel: int, threads: int | None = None, i
         _cpu.stream(*addresses, in_place, numel, threads or torch.get_num_threads())
         seconds.append(time.perf_counter() - begin)
     return sorted(seconds[1:])[3]
+
+
+def _scale_and_limit(descent: Descent, sums: Tensor) -> tuple[float, float]:
+    """What every gradient is multiplied by, and the magnitude it is then limited to."""
+    scale = float(descent.grad_scale)
+    if descent.max_norm is not None:
+        scale *= clip_coefficient(descent.max_norm, sums[0].item())
+    return scale, math.inf if descent.clip_value is None else descent.clip_value
 
 
 def _table(space: FlatSpace, started=(), bit: int = 0):

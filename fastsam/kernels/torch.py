@@ -52,7 +52,7 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
         space.climbed[i] = True
         if not finite:
             continue
-        w, g = _weight(space, i), _gradient(space, i)
+        w, g = _weight(space, i), _gradient(space, i) * ascent.grad_scale
         c_d, c_v = ascent.coefficients(*sums.tolist(), group)
         e = direction(space, ascent, i) * c_d
         if ascent.vector is not None:
@@ -75,7 +75,7 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
         return
     for i in _with_gradient(space):
         group = descent.groups[space.groups[i]]
-        w, g = _weight(space, i), _gradient(space, i)
+        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, sums)
         if group["maximize"]:
             g = -g
         if group["weight_decay"] != 0:
@@ -99,7 +99,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     for i in _with_gradient(space):
         group = descent.groups[space.groups[i]]
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-        w, g = _weight(space, i), _gradient(space, i)
+        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, sums)
         step = descent.state["step"][i]
         step += 1
         if group["maximize"]:
@@ -129,10 +129,22 @@ def restore(space: FlatSpace) -> None:
 
 def direction(space: FlatSpace, ascent: Ascent, i: int) -> Tensor:
     """d = g - sigma m, or g where there is no m yet."""
-    g = _gradient(space, i)
+    g = _gradient(space, i) * ascent.grad_scale
     if ascent.ema is None or not ascent.ema_started[i]:
         return g
     return g - _wide(_part(space, ascent.ema, i)) * ascent.groups[space.groups[i]]["sigma"]
+
+
+def clipped(g: Tensor, descent: Descent, sums: Tensor) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` (global norm from the sums) or ``clip_grad_value_``, or g as it is."""
+    if descent.max_norm is not None:
+        return g * clip_coefficient(descent.max_norm, sums[0].item())
+    return g if descent.clip_value is None else g.clamp(-descent.clip_value, descent.clip_value)
+
+
+def clip_coefficient(max_norm: float, squared_norm: float) -> float:
+    """min(1, max_norm / (norm + 1e-6)), as torch has it."""
+    return min(1.0, max_norm / (squared_norm**0.5 + 1e-6))
 
 
 def all_finite(sums: Tensor) -> bool:

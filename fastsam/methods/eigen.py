@@ -79,8 +79,8 @@ class EigenSAM(SharpnessAware):
         at_least(0, "rho", group["rho"])
         at_least(0, "alpha", group["alpha"])
 
-    def second_step(self, zero_grad=False):
-        super().second_step(zero_grad)
+    def second_step(self, zero_grad=False, **options):
+        super().second_step(zero_grad, **options)
         self.param_groups[0]["steps"] += 1
 
     def eigenvector_due(self, step: int | None = None) -> bool:
