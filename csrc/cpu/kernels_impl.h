@@ -142,14 +142,6 @@ struct RestoreKernel {
   }
 };
 
-template <class T, class S>
-FASTSAM_INLINE T limited(T g, S limit) {
-  if (limit == std::numeric_limits<S>::infinity()) return g;
-  const T high = T{} + limit, low = T{} - limit;
-  g = g > high ? high : g;
-  return g < low ? low : g;
-}
-
 template <class W, class G>
 struct SgdKernel {
   using S = typename Compute<W>::Scalar;
@@ -163,12 +155,15 @@ struct SgdKernel {
     const W* source = climbed ? part<W>(a.backup, p) : w;
     W* buffer = h.has_momentum ? part<W>(a.momentum_buffer, p) : nullptr;
     const S scale = S(a.grad_scale), limit = S(a.clip_value);
+    const bool clips = limit != std::numeric_limits<S>::infinity();
     const bool past_caches = a.stream && climbed && aligned(w);
     for_vectors<Compute<W>::lanes>(p.count, [&](int i, auto full, int count) FASTSAM_LAMBDA {
       constexpr bool F = decltype(full)::value;
-      typename Compute<W>::Vector m = {};
+      auto gradient = load<F>(g + i, count) * scale;
+      if (clips) gradient = limited(gradient, limit);
+      VectorOf<W> m = {};
       if (buffer && !h.fresh) m = load<F>(buffer + i, count);
-      const auto updated = sgd(load<F>(source + i, count), limited(load<F>(g + i, count) * scale, limit), m, h);
+      const auto updated = sgd(load<F>(source + i, count), gradient, m, h);
       if (buffer) store<F>(buffer + i, m, count);
       store<F>(w + i, updated, count, past_caches);
     });
@@ -199,11 +194,14 @@ struct AdamKernel {
     W* exp_avg = part<W>(a.exp_avg, p);
     W* exp_avg_sq = part<W>(a.exp_avg_sq, p);
     const S scale = S(a.grad_scale), limit = S(a.clip_value);
+    const bool clips = limit != std::numeric_limits<S>::infinity();
     const bool past_caches = a.stream && climbed && aligned(w);
     for_vectors<Compute<W>::lanes>(p.count, [&](int i, auto full, int count) FASTSAM_LAMBDA {
       constexpr bool F = decltype(full)::value;
+      auto gradient = load<F>(g + i, count) * scale;
+      if (clips) gradient = limited(gradient, limit);
       auto first = load<F>(exp_avg + i, count), second = load<F>(exp_avg_sq + i, count);
-      const auto updated = adam(load<F>(source + i, count), limited(load<F>(g + i, count) * scale, limit), first, second, h,
+      const auto updated = adam(load<F>(source + i, count), gradient, first, second, h,
                                 [](auto x) FASTSAM_LAMBDA { return square_root(x); });
       store<F>(exp_avg + i, first, count);
       store<F>(exp_avg_sq + i, second, count);
@@ -217,10 +215,10 @@ struct AdamKernel {
 
 inline void stream_traffic(const StreamArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i + 16 <= end; i += 16) {
-    f32x16 sum = {};
+    Vector<float> sum = {};
     for (int r = 0; r < a.n_reads; ++r) sum = sum + load<true>(a.reads[r] + i, 16);
     for (int k = 0; k < a.n_writes; ++k) store<true>(a.writes[k] + i, sum, 16, k >= a.in_place);
-    if (a.n_writes == 0) __asm__ volatile("" : : "m"(sum));
+    if (a.n_writes == 0) __asm__ volatile("" : : "m"(sum.r));
   }
   stream_fence();
 }

@@ -1,0 +1,32 @@
+"""The gradients that every implementation is given, pass by pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from benchmarks.parameter_sets import ParameterSet
+
+
+class GradientSequence:
+    """Gradients of pass t = 0, 1, 2, ...: a + cos(1.7 t) b with fixed random a and b.
+
+    They change from pass to pass: F-SAM's difference of a gradient and its average would otherwise be zero.
+    """
+
+    def __init__(self, shapes: ParameterSet) -> None:
+        self._a, self._b = shapes.random(seed=1, scale=1e-3), shapes.random(seed=2, scale=1e-3)
+        self._out = [torch.empty_like(a) for a in self._a]
+        self._pass = 0
+
+    def restart(self) -> None:
+        self._pass = 0
+
+    def next(self) -> list[torch.Tensor]:
+        """The next pass's gradients, in tensors that the next call overwrites."""
+        factor = math.cos(1.7 * self._pass)
+        self._pass += 1
+        for a, b, out in zip(self._a, self._b, self._out, strict=True):
+            torch.add(a, b, alpha=factor, out=out)
+        return self._out

@@ -1,0 +1,196 @@
+"""Tables of a benchmark result: on the terminal, as Markdown, and in the README.
+
+Print it, rewrite the block between the marks of a README, or fail if that block is out of date:
+
+    python -m benchmarks.report benchmarks/results/cpu.json
+    python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
+    python -m benchmarks.report benchmarks/results/cpu.json --readme README.md --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.settings import METHODS
+
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+BASE_TITLES = {"sgd": "SGD", "adamw": "AdamW"}
+COLUMNS = {
+    "fastsam": "fastsam",
+    "fastsam-flat": "fastsam, flattened",
+    "authors": "authors' code",
+    "foreach": "foreach",
+    "foreach-fused": "foreach, fused base",
+    "compiled": "foreach, compiled",
+    "pytorch_optimizer": "pytorch_optimizer",
+}
+OURS = ("fastsam", "fastsam-flat")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path, help="JSON file written by benchmarks.optimizer_step")
+    parser.add_argument("--readme", type=Path, help="file whose benchmark block is to be rewritten")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 if the block is out of date"
+    )
+    options = parser.parse_args(arguments)
+    result = json.loads(options.result.read_text())
+    if options.readme is None:
+        print_tables(result, Console())
+        return 0
+    current = options.readme.read_text()
+    updated = with_benchmark_block(current, result)
+    if options.check:
+        if updated != current:
+            print(f"{options.readme}: the benchmark block is not what {options.result} says", file=sys.stderr)
+        return int(updated != current)
+    options.readme.write_text(updated)
+    return 0
+
+
+def with_benchmark_block(text: str, result: dict[str, Any]) -> str:
+    """``text`` with everything between the benchmark marks replaced by ``markdown(result)``.
+
+    Raises ``ValueError`` unless the text has exactly one pair of marks, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} followed by one {END}")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{markdown(result)}\n{END}{rest.split(END)[1]}"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The machine, the table and the host's time: a README section's worth."""
+    return "\n\n".join(filter(None, (machine_line(result), markdown_table(result), host_line(result))))
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """A row for each cell: median ms of a step, fastsam's share of the bandwidth, and for each rival how many
+    times fastsam is faster."""
+    header, *rows = _rows(result)
+    alignment = ["---"] * 3 + ["---:"] * (len(header) - 3)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, alignment, *rows))
+
+
+def print_tables(result: dict[str, Any], console: Console) -> None:
+    """The same on the terminal, cell by cell, with the floor, the quartiles and both halves of the step."""
+    console.print(machine_line(result))
+    for cell in result["cells"]:
+        console.print(_cell_table(cell))
+    console.print(host_line(result))
+
+
+def machine_line(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    memory = f", {m['memory_gib']} GiB" if m["memory_gib"] else ""
+    rival = f", pytorch_optimizer {m['pytorch_optimizer']}" if m["pytorch_optimizer"] else ""
+    return (
+        f"{m['cpu']} ({m['cores']} cores, {m['isa']}{memory}), {_count(m['threads'], 'thread')}, "
+        f"torch {m['torch']}{rival}, {m['date']}; median of {_count(result['settings']['repeats'], 'round')}."
+    )
+
+
+def host_line(result: dict[str, Any]) -> str:
+    host = result.get("host") or []
+    if not host:
+        return ""
+    parts = [f"{METHODS[h['method']]} over {BASE_TITLES[h['base']]} {h['ms']:.2f} ms" for h in host]
+    return f"The host's side of one step with {host[0]['tensors']} tensors: {', '.join(parts)}."
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    measured = {name for cell in result["cells"] for name in cell["implementations"]}
+    columns = {name: title for name, title in COLUMNS.items() if name in measured}
+    rivals = {name: title for name, title in columns.items() if name not in OURS}
+    ours = [columns[name] for name in OURS if name in columns]
+    rows = [["parameters", "base", "method", *ours, "of bandwidth", *rivals.values()]]
+    for cell in result["cells"]:
+        implementations = cell["implementations"]
+        fastsam = implementations.get("fastsam", {})
+        rows.append(
+            [
+                f"{cell['title']} ({_millions(cell['parameters'])}, {cell['tensors']} tensors)",
+                BASE_TITLES[cell["base"]],
+                METHODS[cell["method"]],
+                *(_time(implementations.get(name)) for name in OURS if name in columns),
+                f"{fastsam['share']:.0%}" if fastsam.get("share") else "–",
+                *(_time(implementations.get(name), ratio=True) for name in rivals),
+            ]
+        )
+    return rows
+
+
+def _cell_table(cell: dict[str, Any]) -> Table:
+    implementations, floor = cell["implementations"], cell["floor"]
+    caption = [f"{cell['tensors']} tensors, {_millions(cell['parameters'])} parameters; times in ms"]
+    if floor:
+        caption.append(
+            f"floor: {cell['bytes_per_parameter']} bytes a parameter at the speed of {floor['source']}"
+        )
+    caption += [f"{name}: {i['note']}" for name, i in implementations.items() if i["ms"] is None]
+    compile_times = {name: i["compile_s"] for name, i in implementations.items() if i.get("compile_s")}
+    caption += [f"{name}: compiled in {seconds:.0f} s" for name, seconds in compile_times.items()]
+    table = Table(
+        title=f"{cell['title']}, {METHODS[cell['method']]} over {BASE_TITLES[cell['base']]}",
+        caption="\n".join(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for title in ("step", "×", "quartiles", "first", "second", "GB/s", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if floor:
+        first = floor["passes_ms"]["gram"] + floor["passes_ms"]["climb"]
+        second = floor["passes_ms"]["guard"] + floor["passes_ms"]["descend"]
+        halves = _number(first), _number(second)
+        table.add_row("floor", _number(floor["ms"]), "", "", *halves, f"{floor['gb_per_s']:.1f}", "100%")
+    for name, i in implementations.items():
+        if i["ms"] is None:
+            continue
+        table.add_row(
+            name,
+            _number(i["ms"]),
+            f"{i['times_fastsam']:.2f}" if i["times_fastsam"] else "",
+            f"{_number(i['q1_ms'])}–{_number(i['q3_ms'])}",
+            _number(i["first_ms"]),
+            _number(i["second_ms"]),
+            f"{i['gb_per_s']:.1f}",
+            f"{i['share']:.0%}" if i["share"] else "–",
+        )
+    return table
+
+
+def _time(measured: dict[str, Any] | None, ratio: bool = False) -> str:
+    if measured is None:
+        return "not run"
+    if measured["ms"] is None:
+        return measured["note"]
+    times = f" ({measured['times_fastsam']:.1f}×)" if ratio and measured["times_fastsam"] else ""
+    return f"{_number(measured['ms'])} ms{times}"
+
+
+def _number(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

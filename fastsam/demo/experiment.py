@@ -1,0 +1,186 @@
+"""All runs of the demo, spread over the processors, with progress; and what they and the machine were."""
+
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
+from time import perf_counter
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import fastsam
+
+from . import settings
+from .data import load
+from .settings import DataSettings, ModelSettings
+from .train import Run, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do; ``bar`` is its line in the display, one for each model and method."""
+
+    model: str
+    settings: ModelSettings
+    method: str
+    options: dict[str, float]
+    data: DataSettings
+    seed: int
+    bar: int
+
+
+def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
+    """Train every model with every method and seed; returns all of it in JSON's types."""
+    models = settings.QUICK_MODELS if quick else settings.MODELS
+    methods = settings.QUICK_METHODS if quick else settings.METHODS
+    data = settings.QUICK_DATA if quick else settings.DATA
+    if epochs is not None:
+        models = {name: replace(model, epochs=epochs) for name, model in models.items()}
+
+    bars = [(model, method) for model in models for method in methods]
+    # The long runs come first, so that the processors finish at about the same time.
+    jobs = [
+        Job(model, models[model], method, options, data, seed, bars.index((model, method)))
+        for model in models
+        for seed in range(seeds)
+        for method, options in methods.items()
+    ]
+    workers = 1 if quick else min(len(jobs), _processors())
+    start = perf_counter()
+    with _progress(console) as progress:
+        tasks = [
+            progress.add_task(f"{model:7s}{method:10s}", total=seeds * models[model].epochs)
+            for model, method in bars
+        ]
+        runs = []
+        for done in _here(jobs, progress, tasks) if workers == 1 else _spread(jobs, workers, progress, tasks):
+            runs.append(done)
+            progress.console.print(
+                f"{done.model:7s}{done.method:10s} seed {done.seed}: "
+                f"test accuracy {done.test_accuracy[-1]:.1%}, "
+                f"top eigenvalue {done.top_eigenvalue:.1f}, {done.training_seconds:.1f} s",
+                highlight=False,
+            )
+    order = [(job.bar, job.seed) for job in jobs]
+    runs.sort(key=lambda r: order.index((bars.index((r.model, r.method)), r.seed)))
+    return {
+        "settings": {
+            "models": {
+                name: {**asdict(model), "build": model.build.__name__} for name, model in models.items()
+            },
+            "methods": methods,
+            "data": asdict(data),
+            "sharpness_rho": settings.SHARPNESS_RHO,
+            "power_iterations": settings.POWER_ITERATIONS,
+            "seeds": seeds,
+            "runs_at_once": workers,
+            "threads_a_run": 1,
+        },
+        "machine": _machine(),
+        "seconds": round(perf_counter() - start, 1),
+        "runs": [asdict(r) for r in runs],
+    }
+
+
+def _here(jobs: list[Job], progress: Progress, tasks: list) -> Iterator[Run]:
+    """The runs one after another in this process."""
+    with _one_thread():
+        for job in jobs:
+            yield _train(job, lambda bar=tasks[job.bar]: progress.advance(bar))
+
+
+def _spread(jobs: list[Job], workers: int, progress: Progress, tasks: list) -> Iterator[Run]:
+    """The runs in ``workers`` fresh processes, in the order in which they end.
+
+    Networks this small gain nothing from a second thread, so each process has one: the runs are faster
+    together, and the number of processors changes no result.
+    """
+    context = get_context("spawn")
+    epochs_done = context.Array("l", len(tasks))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(epochs_done,)) as pool:
+        pending = {pool.submit(_train_in_worker, job) for job in jobs}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                for task, count in zip(tasks, epochs_done, strict=True):
+                    progress.update(task, completed=count)
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(epochs_done) -> None:
+    global _epochs_done
+    _epochs_done = epochs_done
+    torch.set_num_threads(1)
+
+
+def _train_in_worker(job: Job) -> Run:
+    def on_epoch() -> None:
+        with _epochs_done.get_lock():
+            _epochs_done[job.bar] += 1
+
+    return _train(job, on_epoch)
+
+
+def _train(job: Job, on_epoch) -> Run:
+    return train(job.model, job.settings, job.method, job.options, load(job.data), job.seed, on_epoch)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _progress(console: Console) -> Progress:
+    """Bars on a terminal; elsewhere only the line that each finished run prints."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _processors() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _machine() -> dict:
+    try:
+        fastsam_version = version("fastsam")
+    except PackageNotFoundError:
+        fastsam_version = "not installed"
+    return {
+        "processor": _processor_name(),
+        "processors": _processors(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastsam": fastsam_version,
+        "backends": fastsam.backends(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

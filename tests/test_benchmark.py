@@ -1,0 +1,221 @@
+"""The benchmark measures what it says: the right shapes, the same mathematics everywhere, the right bytes."""
+
+import contextlib
+import copy
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from benchmarks import report, rivals
+from benchmarks.bandwidth import bytes_per_parameter, passes
+from benchmarks.compiled import CompileLimit, compile_limit
+from benchmarks.optimizer_step import Cell, GradientSequence, main
+from benchmarks.parameter_sets import ParameterSet, host_only_set, parameter_set
+from benchmarks.settings import BASES, METHODS
+
+SMALL = ParameterSet("small", "small", ((4, 3), (5,), (1,), (2, 3, 3, 2)))
+EAGER = [name for name in rivals.implementation_names() if name != "compiled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [
+        ("resnet18", 62, 11_689_512),
+        ("wrn28-10", 80, 36_479_194),
+        ("vit-b16", 152, 86_567_656),
+        ("tiny2000", 2000, 100_000),
+    ],
+)
+def test_parameter_sets_have_the_published_sizes(name, tensors, parameters):
+    assert (parameter_set(name).tensors, parameter_set(name).parameters) == (tensors, parameters)
+
+
+def test_unknown_parameter_set_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
+        parameter_set("resnet19")
+
+
+def test_host_only_set_has_tensors_of_one_or_two_elements():
+    shapes = host_only_set(152)
+    assert shapes.tensors == 152
+    assert {math.prod(shape) for shape in shapes.shapes} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "expected"),
+    [
+        ("sam", "sgd", [4, 16, 4, 20]),
+        ("fsam", "sgd", [8, 24, 4, 20]),
+        ("eigensam", "sgd", [8, 20, 4, 20]),
+        ("fsam", "adamw", [8, 24, 4, 28]),
+    ],
+)
+def test_byte_floors(method, base, expected):
+    assert [mix.bytes_per_parameter for mix in passes(method, base).values()] == expected
+    assert bytes_per_parameter(method, base) == sum(expected)
+
+
+def test_written_in_place_arrays_are_among_the_read_ones():
+    for method in METHODS:
+        for base in BASES:
+            for mix in passes(method, base).values():
+                assert mix.in_place <= min(mix.reads, mix.writes)
+
+
+@pytest.mark.parametrize("base", list(BASES))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_implementation_takes_the_same_steps(method, base):
+    cell = Cell(SMALL, base, method, EAGER, threads=1, limit=0)
+    expected = set(EAGER) - set(cell.notes)
+    assert {"fastsam", "fastsam-flat", "authors", "foreach"} <= expected
+    assert set(cell.runners) == expected
+    flat = [
+        torch.cat([p.detach().reshape(-1) for p in runner.parameters]) for runner in cell.runners.values()
+    ]
+    for other in flat[1:]:
+        torch.testing.assert_close(other, flat[0], rtol=1e-5, atol=1e-7)
+
+
+def test_an_implementation_that_climbs_elsewhere_is_refused(monkeypatch):
+    def wrong_way(self, gradients):
+        torch._foreach_copy_(self.backup, self.parameters)
+        torch._foreach_add_(self.parameters, gradients, alpha=-1.0)
+
+    monkeypatch.setattr(rivals.Foreach, "_climb_sam", wrong_way)
+    with pytest.raises(RuntimeError, match="foreach and authors do not compute the same thing"):
+        Cell(SMALL, "sgd", "sam", ["authors", "foreach"], threads=1, limit=0)
+
+
+def test_an_implementation_that_updates_otherwise_is_refused(monkeypatch):
+    monkeypatch.setattr(rivals.Foreach, "second_step", lambda self: self.base_optimizer.step())
+    with pytest.raises(RuntimeError, match="do not compute the same thing"):
+        Cell(SMALL, "sgd", "sam", ["authors", "foreach"], threads=1, limit=0)
+
+
+def test_gradients_are_new_tensors_each_pass_unless_the_implementation_keeps_them():
+    weights, eigenvector = SMALL.random(0, 1.0), SMALL.random(1, 1.0)
+    sequence = GradientSequence(SMALL)
+    for name, kept in (("authors", False), ("fastsam-flat", True)):
+        runner = rivals.build(name, "sam", "sgd", SMALL, weights, eigenvector)
+        runner.load_gradients(sequence.next())
+        first = [p.grad for p in runner.parameters]
+        given = sequence.next()
+        runner.load_gradients(given)
+        for before, p, g in zip(first, runner.parameters, given, strict=True):
+            assert (p.grad.data_ptr() == before.data_ptr()) is kept
+            assert p.grad.data_ptr() != g.data_ptr()
+            assert torch.equal(p.grad, g)
+
+
+def test_a_missing_method_becomes_a_note_and_not_a_number():
+    cell = Cell(SMALL, "sgd", "eigensam", ["authors", "pytorch_optimizer"], threads=1, limit=0).measure(2)
+    assert cell["implementations"]["pytorch_optimizer"]["ms"] is None
+    assert cell["implementations"]["pytorch_optimizer"]["note"]
+    assert cell["implementations"]["authors"]["ms"] > 0
+
+
+def test_compile_limit_stops_what_swallows_exceptions_and_is_disarmed_afterwards():
+    with pytest.raises(CompileLimit, match="compile > 600 s"), compile_limit(600):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        with contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGALRM)
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_the_command_writes_a_result_that_the_report_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.optimizer_step.parameter_set", lambda name: SMALL)
+    monkeypatch.setattr("benchmarks.optimizer_step.SMALL_SET", 1)
+    threads, output = torch.get_num_threads(), tmp_path / "result.json"
+    try:
+        command = (
+            "--sets resnet18 --methods fsam --bases sgd --rivals fastsam authors --repeats 2 --threads 1"
+        )
+        main([*command.split(), "--output", str(output)])
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(output.read_text())
+    assert result["machine"]["threads"] == 1
+    (cell,) = result["cells"]
+    assert cell["bytes_per_parameter"] == 56
+    assert cell["floor"]["ms"] == pytest.approx(sum(cell["floor"]["passes_ms"].values()), abs=1e-3)
+    assert set(cell["implementations"]) == {"fastsam", "authors"}
+    assert cell["implementations"]["fastsam"]["share"] is not None
+    assert result["host"][0]["tensors"] == 152
+    assert "F-SAM" in report.markdown(result)
+
+
+RESULT = {
+    "machine": {
+        "cpu": "Some CPU", "cores": 2, "isa": "AVX2", "memory_gib": 16.0, "threads": 2, "torch": "2.13.0",
+        "pytorch_optimizer": "4.1.0", "date": "2026-01-01 00:00 UTC",
+    },
+    "settings": {"repeats": 15},
+    "cells": [
+        {
+            "set": "vit-b16", "title": "ViT-B/16", "base": "sgd", "method": "fsam", "tensors": 152,
+            "parameters": 86_567_656, "bytes_per_parameter": 56, "floor": None,
+            "implementations": {
+                "fastsam": {"ms": 100.0, "share": 0.853, "times_fastsam": 1.0},
+                "authors": {"ms": 412.3, "share": 0.2, "times_fastsam": 4.12},
+                "compiled": {"ms": None, "note": "compile > 600 s"},
+            },
+        }
+    ],
+    "host": [{"base": "sgd", "method": "fsam", "tensors": 152, "ms": 0.234}],
+}  # fmt: skip
+
+
+def test_markdown_table_has_times_shares_ratios_and_notes():
+    header, _, row = report.markdown_table(RESULT).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert [cell.strip() for cell in header.strip("|").split("|")][-2:] == [
+        "authors' code",
+        "foreach, compiled",
+    ]
+    assert cells == [
+        "ViT-B/16 (86.6 M, 152 tensors)",
+        "SGD",
+        "F-SAM",
+        "100 ms",
+        "85%",
+        "412 ms (4.1×)",
+        "compile > 600 s",
+    ]
+    assert "0.23 ms" in report.markdown(RESULT)
+
+
+def test_readme_block_is_replaced_and_nothing_else(tmp_path):
+    readme, result = tmp_path / "README.md", tmp_path / "result.json"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    result.write_text(json.dumps(RESULT))
+    arguments = [str(result), "--readme", str(readme)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert (
+        text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "412 ms" in text
+    )
+    assert report.main([*arguments, "--check"]) == 0
+    other = copy.deepcopy(RESULT)
+    other["cells"][0]["implementations"]["authors"]["ms"] = 99.0
+    result.write_text(json.dumps(other))
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_readme_without_marks_is_refused():
+    with pytest.raises(ValueError, match="benchmark:begin"):
+        report.with_benchmark_block("no marks here", RESULT)
+
+
+def test_the_readme_table_is_the_committed_result(pytestconfig):
+    readme = pytestconfig.rootpath / "README.md"
+    result = pytestconfig.rootpath / "benchmarks" / "results" / "cpu.json"
+    if not readme.exists() or report.BEGIN not in readme.read_text():
+        pytest.skip("the README has no benchmark block")
+    assert report.main([str(result), "--readme", str(readme), "--check"]) == 0
