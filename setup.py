@@ -227,11 +227,7 @@ def run_ninja(script: Path) -> None:
             print(line, end="", file=sys.stderr, flush=True)
             said.append(line.strip())
     if process.returncode:
-        errors = [
-            line
-            for line in said
-            if re.search(r"\berror\b|undefined reference|not found", line, re.IGNORECASE)
-        ]
+        errors = [line for line in said if re.search(r"\berror\b|undefined reference|not found", line, re.IGNORECASE)]
         raise NotBuilt(f"the compiler failed: {(errors or said or ['it said nothing'])[0]}")
 
 
@@ -308,8 +304,6 @@ def replace(destination: Path, source: Path) -> None:
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(f"fastsam.{native.module}", native.sources(), optional=True) for native in EXTENSIONS
-        ],
+        ext_modules=[Extension(f"fastsam.{native.module}", native.sources(), optional=True) for native in EXTENSIONS],
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -134,7 +134,9 @@ class FlatSpace:
             self.gradient_addresses = list(map(Tensor.data_ptr, gradients))
             self.gradient_dtypes = self._dtypes
         else:
-            gradients = [None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)]
+            gradients = [
+                None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)
+            ]
             self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
             self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in gradients]
         self.gradients = gradients

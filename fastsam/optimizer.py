@@ -18,17 +18,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-
 from torch.amp import GradScaler
 
-from fastsam import kernels
 from fastsam.amp import record_step, unscaling_factor
 from fastsam.checks import at_least
 from fastsam.descent import fused_rule
 from fastsam.flat import FlatSpace, clear_gradients, describe
 from fastsam.kernels import Ascent, Descent
 from fastsam.kernels.torch import clipped
-
+from fastsam.spaces import Spaces, total
 
 #: Added to every norm before a division, as the authors of SAM do.
 NORM_EPSILON = 1e-12
@@ -58,9 +56,7 @@ class SharpnessAware(torch.optim.Optimizer):
             )
         if not callable(base_optimizer):
             raise TypeError(f"base_optimizer={base_optimizer!r} must be an optimizer class, such as torch.optim.SGD")
-        kernels.check(backend)
-        self.backend = backend
-        self._spaces: list[FlatSpace] | None = None
+        self._spaces = Spaces(backend)
         self._perturbed = False
         self._sums: Tensor | None = None
         self._first_scaler: GradScaler | None = None
@@ -96,16 +92,14 @@ class SharpnessAware(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             self.check_group(group)
-        spaces = self._current_spaces()
-        for space in spaces:
-            space.collect_gradients()
+        self._spaces.refresh(self.param_groups, self.state)
+        self._spaces.collect_gradients()
+        for space in self._spaces:
             space.climbed = [False] * len(space.params)
-        climbing = [space for space in spaces if space.perturbed]
+        climbing = [space for space in self._spaces if space.perturbed]
         factor = unscaling_factor(grad_scaler, self)
         ascents = [self._ascent(space, factor) for space in climbing]
-        self._sums = self._total(
-            [space.kernels.gram(space, ascent) for space, ascent in zip(climbing, ascents, strict=True)]
-        )
+        self._sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
         with self._or_restored(), _uninterrupted():
             self._perturbed = True
             self._first_scaler = grad_scaler
@@ -138,13 +132,12 @@ class SharpnessAware(torch.optim.Optimizer):
             if grad_scaler is not self._first_scaler:
                 raise RuntimeError("give the same grad_scaler to first_step() and second_step()")
             factor = unscaling_factor(grad_scaler, self)
-            self._find_states()
-            for space in self._spaces:
-                self._follow(space)
-                space.collect_gradients()
+            self._spaces.find_states(self.state)
+            self._spaces.follow()
+            self._spaces.collect_gradients()
             guard = Ascent(self.param_groups, grad_scale=factor)
-            total = self._total([space.kernels.gram(space, guard) for space in self._spaces])
-            self._sums = torch.add(total, self._sums.to(total.device), alpha=0)  # 0 * inf is NaN: either pass counts
+            sums = total([space.kernels.gram(space, guard) for space in self._spaces])
+            self._sums = torch.add(sums, self._sums.to(sums.device), alpha=0)  # 0 * inf is NaN: either pass counts
             options = dict(grad_scale=factor, max_norm=max_norm, clip_value=clip_value)
             rule = fused_rule(self.base_optimizer)
             if rule is None:
@@ -154,7 +147,7 @@ class SharpnessAware(torch.optim.Optimizer):
                     self._descend(space, rule, options)
             record_step(grad_scaler, self, self.found_inf)
             if self.uses_ema and self._committed():
-                self._find_states()  # the base optimizer's own step may have added some
+                self._spaces.find_states(self.state)  # the base optimizer's own step may have added some
                 self._keep_averages()
             self._perturbed = False
         self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
@@ -166,8 +159,8 @@ class SharpnessAware(torch.optim.Optimizer):
         """Puts the weights back and abandons the step; does nothing if they are not perturbed."""
         if not self._perturbed:
             return
+        self._spaces.follow()
         for space in self._spaces:
-            self._follow(space)
             space.kernels.restore(space)
         self._perturbed = False
 
@@ -266,7 +259,6 @@ class SharpnessAware(torch.optim.Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        self._spaces = None
 
     def state_dict(self) -> dict:
         """As torch's own: the base optimizer's state and the method's, never the backup.
@@ -302,8 +294,8 @@ class SharpnessAware(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         if self._perturbed:
             raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
-        own = {k: v for k, v in self.__dict__.items() if k not in ("_spaces", "_members", "_entries", "_sums", "_first_scaler", "step")}
-        return {**own, "_spaces": None, "_sums": None, "_first_scaler": None}
+        own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
+        return {**own, "_spaces": Spaces(self._spaces.backend), "_sums": None, "_first_scaler": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -318,36 +310,6 @@ class SharpnessAware(torch.optim.Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
-    def _current_spaces(self) -> list[FlatSpace]:
-        """The flat spaces, rebuilt if parameters were added, replaced, moved or changed."""
-        members = [(list(map(id, group["params"])), bool(group["perturb"])) for group in self.param_groups]
-        if self._spaces is None or members != self._members or not all(s.still_fits() for s in self._spaces):
-            split: dict[tuple, dict[Tensor, int]] = {}
-            for g, group in enumerate(self.param_groups):
-                for p in group["params"]:
-                    split.setdefault((p.device, p.dtype, bool(group["perturb"])), {}).setdefault(p, g)
-            spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
-            for space in spaces:
-                space.kernels = kernels.choose(self.backend, space.device, space.dtype)
-            self._spaces, self._members, self._entries = spaces, members, None
-        self._find_states()
-        return self._spaces
-
-    def _find_states(self) -> None:
-        """Has every space look up its state again if an entry of ``self.state`` was added or replaced."""
-        entries = list(map(id, self.state.values()))
-        if entries != self._entries:
-            for space in self._spaces:
-                space.find_states(self.state)
-            self._entries = entries
-
-    def _follow(self, space: FlatSpace) -> None:
-        if not space.still_fits():
-            raise RuntimeError(
-                "a parameter changed its shape, strides, dtype or device between first_step() and second_step(); "
-                "change the model between steps"
-            )
-
     def _ascent(self, space: FlatSpace, grad_scale) -> Ascent:
         ascent = Ascent(self.param_groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
         if self.uses_ema:
@@ -358,22 +320,12 @@ class SharpnessAware(torch.optim.Optimizer):
             ascent.vector = space.buffer("eigenvector").flat
         return ascent
 
-    def _total(self, sums: list[Tensor]) -> Tensor:
-        """The Gram sums over every space, on the first one's device."""
-        if not sums:
-            return torch.zeros(3, dtype=torch.float64)
-        total = sums[0]
-        for other in sums[1:]:
-            total = total + other.to(total.device)
-        return total
-
     def _committed(self) -> bool:
         """Whether the step counts, as far as the host knows: it never waits for a device to say.
 
         Where a device decides, its kernels leave every buffer as it was if the sums are not finite.
         """
-        on_host = all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
-        return all(map(math.isfinite, self._sums.tolist())) if on_host else True
+        return all(map(math.isfinite, self._sums.tolist())) if self._spaces.decide_on_host else True
 
     def _descend(self, space: FlatSpace, rule, options: dict) -> None:
         buffers = {
@@ -493,4 +445,3 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if pending and callable(handler):
         handler(*pending[0])
-

@@ -15,14 +15,53 @@ Regularization Improves Sharpness-Aware Minimization", NeurIPS 2024.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastsam.checks import at_least
+from fastsam.curvature.products import METHODS, Hessian
+from fastsam.curvature.solvers import Eigenpairs, dot, lanczos, power_iteration
 from fastsam.optimizer import NORM_EPSILON, SharpnessAware
 
-_POWER_STEPS = 5
+
+@dataclass(frozen=True)
+class Estimate:
+    """How Eigen-SAM estimates the eigenvector; the defaults are the authors'.
+
+    Attributes:
+        solver: ``"power"``, which goes to the eigenvalue of largest magnitude, or ``"lanczos"``, which goes to the
+            largest one, and in fewer products.
+        products: Hessian-vector products of one estimate, at most; >= 1. Each costs about two gradients. Lanczos
+            keeps as many vectors in memory.
+        tolerance: relative residual at which an estimate may stop earlier, or None.
+        warm_start: go on from the previous vector, or start from noise each time.
+        method: how products are formed where the loss itself is at hand: ``"auto"``, ``"exact"`` or
+            ``"finite-difference"``. ``step(closure)`` always takes finite differences.
+        eval_mode: modules are in eval mode meanwhile. None is the authors' way in ``update_eigenvector``, eval mode
+            if the model is given, and leaves them in their mode in ``step(closure)``.
+    """
+
+    solver: str = "power"
+    products: int = 5
+    tolerance: float | None = None
+    warm_start: bool = True
+    method: str = "auto"
+    eval_mode: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("power", "lanczos"):
+            raise ValueError(f"solver={self.solver!r} is unknown: choose power or lanczos")
+        if not isinstance(self.products, int) or self.products < 1:
+            raise ValueError(f"products={self.products!r} must be a whole number, at least 1")
+        if self.tolerance is not None and not 0 < self.tolerance < float("inf"):
+            raise ValueError(f"tolerance={self.tolerance!r} must be a positive number, or None")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}")
 
 
 class EigenSAM(SharpnessAware):
@@ -36,9 +75,13 @@ class EigenSAM(SharpnessAware):
         freq: steps from one estimate of the eigenvector to the next; >= 1.
         adaptive: multiply the finished direction by w^2.
         backend: ``"auto"``, or a name from :func:`fastsam.backends`.
+        estimate: an :class:`~fastsam.methods.eigen.Estimate`, if the eigenvector is not to be the authors' five
+            power steps.
         base_kwargs: arguments of the base optimizer.
 
-    Errors as for :class:`~fastsam.SAM`.
+    Errors as for :class:`~fastsam.SAM`. In a manual loop ``update_eigenvector`` is called when it is due;
+    ``step(closure)`` does so by itself. ``last_estimate`` says how good the last one was: an
+    :class:`~fastsam.curvature.Eigenpairs` without its vectors, or None.
 
     Example:
         >>> if optimizer.eigenvector_due():
@@ -62,10 +105,16 @@ class EigenSAM(SharpnessAware):
         adaptive=False,
         *,
         backend="auto",
+        estimate: Estimate | None = None,
         **base_kwargs,
     ):
         if not isinstance(freq, int) or freq < 1:
             raise ValueError(f"freq={freq!r} must be a whole number of steps, at least 1")
+        if not isinstance(estimate, (Estimate, type(None))):
+            raise TypeError(f"estimate={estimate!r} must be a fastsam.methods.eigen.Estimate, or None")
+        self.estimate = estimate or Estimate()
+        self.last_estimate: Eigenpairs | None = None
+        self._no_second_derivative = self._warned_of_sign = False
         defaults = dict(rho=rho, alpha=alpha, freq=freq, adaptive=adaptive, steps=0)
         super().__init__(params, base_optimizer, defaults, backend, base_kwargs)
 
@@ -93,56 +142,85 @@ class EigenSAM(SharpnessAware):
         step = group["steps"] if step is None else step
         return step > 0 and step % group["freq"] == 0
 
+    def step(self, closure=None, estimate_closure: Callable | None = None):
+        """:meth:`SAM.step`, which first refreshes the eigenvector when that is due.
+
+        The estimate's gradients are those of ``estimate_closure``, which may take a smaller batch, or of ``closure``
+        itself: twice for each product. An estimate that meets a NaN or an infinity is a warning, and the vector stays.
+        """
+        if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
+            self._refresh(estimate_closure or closure)
+        return super().step(closure)
+
+    def finish(self, closure, estimate_closure: Callable | None = None):
+        """:meth:`SAM.finish`, which first refreshes the eigenvector when that is due, as :meth:`step` does."""
+        if closure is not None and not self._perturbed and self.eigenvector_due():
+            self._refresh(estimate_closure or closure)
+        return super().finish(closure)
+
     def update_eigenvector(self, loss_fn, model: torch.nn.Module | None = None) -> None:
-        """Estimates v by five power steps, Hessian-vector products by double backward, from the previous v.
+        """Estimates v, by default with five power steps of exact Hessian-vector products from the previous v.
 
-        ``loss_fn()`` does a forward pass and returns the scalar loss with its graph, without backward; it is
-        called once. ``model``, if given, is in eval mode meanwhile, as the authors have it. Gradients in ``.grad``
-        and weights are not touched. The first estimate starts from a normal random vector.
+        ``loss_fn()`` does a forward pass and returns the scalar loss with its graph, without backward. ``model``, if
+        given, is in eval mode meanwhile, as the authors have it. The first estimate starts from a normal random
+        vector. Weights, gradients, buffers, training flags and random generators are afterwards what they were.
+        A loss without a second derivative has its products formed by finite differences, with a warning.
 
-        Raises ``RuntimeError`` between the passes and for a loss without a second derivative, ``TypeError`` or
-        ``ValueError`` for a loss that is no scalar tensor, ``FloatingPointError`` for a product that is not finite; v is
-        then what it was.
+        Raises ``RuntimeError`` between the passes and for a loss without a graph, ``TypeError`` or ``ValueError`` for
+        a loss that is no scalar tensor, ``FloatingPointError`` for a product that is not finite; v is then what it was.
         """
         if self._perturbed:
             raise RuntimeError("update_eigenvector() between first_step() and second_step(): call it before the step")
+        eval_mode = self.estimate.eval_mode
+        method = self.estimate.method
+        if method == "auto" and self._no_second_derivative:
+            method = "finite-difference"
+        hessian = self._hessian(loss_fn, model, model is not None if eval_mode is None else eval_mode, method=method)
+        self._estimate(hessian)
+        self._no_second_derivative |= method == "auto" and hessian.method == "finite-difference"
+
+    def _refresh(self, closure) -> None:
+        try:
+            self._estimate(self._hessian(closure, None, bool(self.estimate.eval_mode), closure=True))
+        except FloatingPointError as error:
+            warnings.warn(f"the eigenvector was not refreshed: {error}", RuntimeWarning, stacklevel=3)
+
+    def _hessian(self, loss_fn, model, eval_mode: bool, **options) -> Hessian:
         params = [p for p, perturb in self._params() if perturb and p.requires_grad]
-        previous = self.eigenvector
-        if previous is None:
-            v = [torch.randn_like(p) for p in params]
-        else:
-            v = [e for e, (p, perturb) in zip(previous, self._params(), strict=True) if perturb and p.requires_grad]
-        with _eval_mode(model), torch.enable_grad():
-            loss = loss_fn()
-            if not isinstance(loss, torch.Tensor):
-                raise TypeError(f"loss_fn returned {type(loss).__name__}: it must return the loss as a tensor")
-            if loss.numel() != 1:
-                raise ValueError(f"loss_fn returned a tensor of shape {tuple(loss.shape)}: it must be a scalar")
-            if loss.grad_fn is None:
-                raise RuntimeError(
-                    "loss_fn returned a loss without a graph: compute it under grad mode, and without calling backward()"
-                )
-            gradients = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-            used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            for _ in range(_POWER_STEPS if used else 0):
-                product = torch.autograd.grad(
-                    [gradients[i] for i in used],
-                    params,
-                    [v[i] for i in used],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                v = _normalised([torch.zeros_like(p) if h is None else h for h, p in zip(product, params, strict=True)])
-        if not used:
-            v = [torch.zeros_like(p) for p in params]
-        if not all(bool(e.isfinite().all()) for e in v):
-            raise FloatingPointError(
-                "a Hessian-vector product is not finite; the eigenvector is left as it was: check the batch and the loss"
+        spaces = [space for space in self._current_spaces() if space.perturbed]
+        return Hessian(loss_fn, params, model=model, eval_mode=eval_mode, spaces=spaces, **options)
+
+    def _estimate(self, hessian: Hessian) -> None:
+        chosen = self.estimate
+        with hessian:
+            start = self._start(hessian)
+            if chosen.solver == "power":
+                pairs = power_iteration(hessian.product, start, chosen.products, chosen.tolerance)
+            else:
+                pairs = lanczos(hessian.product, start, 1, "largest", chosen.products, chosen.tolerance)
+            v = pairs.vectors[0]
+            if pairs.eigenvalues[0] == 0:  # a zero Hessian has no direction to offer: the step is SAM's
+                v = torch.zeros_like(v)
+            estimate = dict(zip(hessian.params, hessian.tensors(v), strict=True))
+        self.last_estimate = dataclasses.replace(pairs, vectors=None)
+        self.eigenvector = [estimate.get(p, torch.zeros_like(p)) for p, _ in self._params()]
+        if pairs.eigenvalues[0] < 0 and chosen.solver == "power" and not self._warned_of_sign:
+            self._warned_of_sign = True
+            warnings.warn(
+                f"power iteration found the negative eigenvalue {float(pairs.eigenvalues[0]):.3g}, the largest in "
+                'magnitude; for the largest one say estimate=Estimate(solver="lanczos", products=10)',
+                RuntimeWarning,
+                stacklevel=4,
             )
-        estimate = iter(v)
-        self.eigenvector = [
-            next(estimate) if perturb and p.requires_grad else torch.zeros_like(p) for p, perturb in self._params()
-        ]
+
+    def _start(self, hessian: Hessian) -> Tensor:
+        previous = self.eigenvector if self.estimate.warm_start else None
+        if previous is not None:
+            values = dict(zip((p for p, _ in self._params()), previous, strict=True))
+            start = hessian.flat([values[p] for p in hessian.params])
+            if dot(start, start) > 0:
+                return start
+        return hessian.flat([torch.randn_like(p) for p in hessian.params])
 
     @property
     def eigenvector(self) -> list[torch.Tensor] | None:
@@ -181,21 +259,3 @@ class EigenSAM(SharpnessAware):
 
     def _params(self) -> list[tuple[torch.Tensor, bool]]:
         return [(p, group["perturb"]) for group in self.param_groups for p in group["params"]]
-
-
-def _normalised(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    norm = (sum((t.double() if t.dtype == torch.float64 else t.float()).square().sum() for t in tensors) + 1e-12) ** 0.5
-    return [(t / norm).to(t.dtype) for t in tensors]
-
-
-@contextlib.contextmanager
-def _eval_mode(model: torch.nn.Module | None):
-    """Every module in eval mode, and afterwards in the mode it had."""
-    training = [] if model is None else [m for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

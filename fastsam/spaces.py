@@ -1,0 +1,74 @@
+"""The flat spaces of an optimizer: one for each device, dtype and kind of group, kept up with what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsam import kernels
+from fastsam.flat import FlatSpace
+
+
+class Spaces:
+    """Every :class:`FlatSpace` of a list of groups, with the backend that serves it."""
+
+    def __init__(self, backend: str) -> None:
+        kernels.check(backend)
+        self.backend = backend
+        self._spaces: list[FlatSpace] = []
+        self._members: list | None = None
+        self._entries: list[int] | None = None
+
+    def __iter__(self) -> Iterator[FlatSpace]:
+        return iter(self._spaces)
+
+    def refresh(self, groups: Sequence[dict], state) -> None:
+        """Rebuilds the spaces if parameters were added, replaced, moved or changed since they were built."""
+        members = [(list(map(id, group["params"])), bool(group["perturb"])) for group in groups]
+        if members != self._members or not all(space.still_fits() for space in self._spaces):
+            split: dict[tuple, dict[Tensor, int]] = {}
+            for g, group in enumerate(groups):
+                for p in group["params"]:
+                    split.setdefault((p.device, p.dtype, bool(group["perturb"])), {}).setdefault(p, g)
+            spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
+            for space in spaces:
+                space.kernels = kernels.choose(self.backend, space.device, space.dtype)
+            self._spaces, self._members, self._entries = spaces, members, None
+        self.find_states(state)
+
+    def find_states(self, state) -> None:
+        """Has every space look up its state again if an entry of the optimizer's ``state`` was added or replaced."""
+        entries = list(map(id, state.values()))
+        if entries != self._entries:
+            for space in self._spaces:
+                space.find_states(state)
+            self._entries = entries
+
+    def follow(self) -> None:
+        """Between the passes: follows weights that moved, and raises ``RuntimeError`` for any other change."""
+        if not all(space.still_fits() for space in self._spaces):
+            raise RuntimeError(
+                "a parameter changed its shape, strides, dtype or device between first_step() and second_step(); "
+                "change the model between steps"
+            )
+
+    def collect_gradients(self) -> None:
+        """Reads every gradient; raises, before anything changes, for one that cannot be used."""
+        for space in self._spaces:
+            space.collect_gradients()
+        if not any(g is not None for space in self._spaces for g in space.gradients):
+            raise RuntimeError("no parameter has a gradient: call loss.backward() before each pass")
+
+    @property
+    def decide_on_host(self) -> bool:
+        return all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
+
+
+def total(sums: Sequence[Tensor]) -> Tensor:
+    """The Gram sums over several spaces, on the first one's device."""
+    result = sums[0] if sums else torch.zeros(3, dtype=torch.float64)
+    for other in sums[1:]:
+        result = result + other.to(result.device)
+    return result
