@@ -18,6 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 # A demo may run without a compiler; what checks or measures the extension may not.
 test bench build: export FASTSAM_CPU ?= 1
+test: export FASTSAM_REQUIRE_CPU ?= 1
 
 demo: $(VENV)/.with-demo
 	$(BIN)/python setup.py --quiet build_ext --inplace

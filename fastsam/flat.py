@@ -66,8 +66,8 @@ class FlatSpace:
         self.kernels = None  # the backend that serves this space
         self.table = None  # that backend's own view of the addresses
         self._strides = [p.stride() for p in self.params]
-        self._sizes = [p.numel() for p in self.params]
-        self._devices = [self.params[0].get_device()] * len(self.params)
+        self._shapes = [p.shape for p in self.params]
+        self._devices = [self.device] * len(self.params)
         self._dtypes = self.gradient_dtypes
         self._buffers: dict[str, FlatBuffer | StepCounts] = {}
 
@@ -146,11 +146,11 @@ class FlatSpace:
         try:
             return (
                 list(map(Tensor.stride, gradients)) == self._strides
-                and list(map(Tensor.numel, gradients)) == self._sizes
-                and list(map(Tensor.get_device, gradients)) == self._devices
+                and [g.shape for g in gradients] == self._shapes
+                and [g.device for g in gradients] == self._devices
                 and [g.dtype for g in gradients] == self._dtypes
             )
-        except (TypeError, RuntimeError):  # a missing or a sparse gradient
+        except (TypeError, AttributeError, RuntimeError):  # a missing or a sparse gradient
             return False
 
 

@@ -11,6 +11,7 @@ coefficients; the base optimizer stays a real ``torch.optim`` optimizer with the
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import signal
 import threading
@@ -60,6 +61,11 @@ class SharpnessAware(torch.optim.Optimizer):
         self._perturbed = False
         self._sums: Tensor | None = None
         self._first_scaler: GradScaler | None = None
+        # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
+        # method's is called sam_<name> in the groups.
+        taken = inspect.signature(base_optimizer).parameters
+        self._aliases = {name: f"sam_{name}" for name in defaults if name in taken}
+        defaults = {self._aliases.get(name, name): value for name, value in defaults.items()}
         super().__init__(params, {**defaults, "perturb": True, **base_kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.defaults.update(self.base_optimizer.defaults)
@@ -90,7 +96,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 "first_step() was called twice in a row: the weights are perturbed already; "
                 "call second_step(), or restore() to abandon the step"
             )
-        for group in self.param_groups:
+        groups = self._method_groups()
+        for group in groups:
             self.check_group(group)
         self._spaces.refresh(self.param_groups, self.state)
         self._spaces.collect_gradients()
@@ -98,7 +105,7 @@ class SharpnessAware(torch.optim.Optimizer):
             space.climbed = [False] * len(space.params)
         climbing = [space for space in self._spaces if space.perturbed]
         factor = unscaling_factor(grad_scaler, self)
-        ascents = [self._ascent(space, factor) for space in climbing]
+        ascents = [self._ascent(space, groups, factor) for space in climbing]
         self._sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
         with self._or_restored(), _uninterrupted():
             self._perturbed = True
@@ -135,7 +142,7 @@ class SharpnessAware(torch.optim.Optimizer):
             self._spaces.find_states(self.state)
             self._spaces.follow()
             self._spaces.collect_gradients()
-            guard = Ascent(self.param_groups, grad_scale=factor)
+            guard = Ascent(self._method_groups(), grad_scale=factor)
             sums = total([space.kernels.gram(space, guard) for space in self._spaces])
             self._sums = torch.add(sums, self._sums.to(sums.device), alpha=0)  # 0 * inf is NaN: either pass counts
             options = dict(grad_scale=factor, max_norm=max_norm, clip_value=clip_value)
@@ -249,7 +256,7 @@ class SharpnessAware(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self.check_group(group)
+            self.check_group(self._method_groups()[-1])
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise TypeError(
@@ -310,8 +317,14 @@ class SharpnessAware(torch.optim.Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
-    def _ascent(self, space: FlatSpace, grad_scale) -> Ascent:
-        ascent = Ascent(self.param_groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
+    def _method_groups(self) -> list[dict]:
+        """The groups as the method names its hyper-parameters."""
+        if not self._aliases:
+            return self.param_groups
+        return [{**g, **{name: g[alias] for name, alias in self._aliases.items()}} for g in self.param_groups]
+
+    def _ascent(self, space: FlatSpace, groups: list[dict], grad_scale) -> Ascent:
+        ascent = Ascent(groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
         if self.uses_ema:
             ascent.ema_started = space.adopt("momentum", space.buffer("momentum"))
             ascent.ema = space.buffer("momentum").flat

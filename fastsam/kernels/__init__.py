@@ -73,7 +73,7 @@ def check(name: str) -> None:
     if name == "auto":
         return
     if name not in NAMES:
-        near = difflib.get_close_matches(str(name), (*NAMES, "auto"), 1)
+        near = difflib.get_close_matches(str(name).lower(), (*NAMES, "auto"), 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"backend={name!r} is unknown: {hint}choose one of {', '.join(('auto', *NAMES))}")
     reason = _module(name).unavailable()

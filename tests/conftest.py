@@ -1,0 +1,42 @@
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import fastsam
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `import reference` in any import mode
+
+hypothesis.settings.register_profile(
+    "fastsam", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fastsam")
+
+
+def require_backend(name):
+    """Skip the running test, with the reason that fastsam itself gives, where a backend is missing."""
+    status = fastsam.backends()[name]
+    if status != "available":
+        pytest.skip(f"backend {name!r}: {status}")
+    return name
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def backend(request):
+    return require_backend(request.param)
+
+
+@pytest.fixture
+def cpu():
+    return require_backend("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small problems run fastest on one thread; a test that wants more says so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,19 @@
+"""The loops that fastsam has to follow, written out tensor by tensor: to be read, not to be fast."""
+
+from .loops import ReferenceEigenSAM, ReferenceFriendlySAM, ReferenceSAM
+from .problems import Problem, convnet, mlp
+from .table import BASES, METHODS, Method, build_optimizer, build_reference
+
+__all__ = [
+    "BASES",
+    "METHODS",
+    "Method",
+    "Problem",
+    "ReferenceEigenSAM",
+    "ReferenceFriendlySAM",
+    "ReferenceSAM",
+    "build_optimizer",
+    "build_reference",
+    "convnet",
+    "mlp",
+]

@@ -1,0 +1,71 @@
+"""Peak memory of a process that trains: the base optimizer's and the buffers of the method, no more."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+WEIGHT_MB = 192
+SLACK = 0.15
+
+SCRIPT = """
+import sys, torch, fastsam
+method, base, backend = sys.argv[1:]
+base_class, settings = {"SGD": (torch.optim.SGD, {"momentum": 0.9}), "AdamW": (torch.optim.AdamW, {})}[base]
+params = [torch.nn.Parameter(torch.full((1 << 18, 3), 0.5)) for _ in range(64)]
+for p in params:
+    p.grad = torch.full_like(p, 0.01)
+if method == "base":
+    optimizer = base_class(params, lr=0.1, **settings)
+else:
+    optimizer = getattr(fastsam, method)(params, base_class, lr=0.1, backend=backend, **settings)
+for step in range(2):
+    if method == "base":
+        optimizer.step()
+        continue
+    if method == "EigenSAM" and step == 0:
+        optimizer.eigenvector = [torch.full_like(p, 1e-4) for p in params]
+    optimizer.first_step()
+    optimizer.second_step()
+with open("/proc/self/status") as file:
+    print(next(line for line in file if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def peak_mb(*arguments):
+    # glibc then gives every freed tensor back at once: the peak is that of the tensors alive together
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout) / 1024
+
+
+@pytest.fixture(scope="module", params=["SGD", "AdamW"])
+def base(request):
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("the peak of a process is read from /proc, which this system does not have")
+    return request.param, peak_mb("base", request.param, "-")
+
+
+# F-SAM keeps the present and the next EMA, because a step that is skipped must not move it.
+BUFFERS = {"SAM": 1, "FriendlySAM": 3, "EigenSAM": 2}
+
+
+@pytest.mark.parametrize("method", BUFFERS)
+def test_peak_memory_is_the_base_optimizers_plus_the_buffers(cpu, base, method):
+    base_name, base_peak = base
+    extra = (peak_mb(method, base_name, cpu) - base_peak) / WEIGHT_MB
+    assert extra <= BUFFERS[method] + SLACK
+    assert extra > BUFFERS[method] - 1, "the measurement does not see the buffers"
+
+
+def test_the_weights_are_as_large_as_this_file_says():
+    assert 64 * torch.Size((1 << 18, 3)).numel() * 4 == WEIGHT_MB * 2**20
