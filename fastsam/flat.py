@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+try:
+    from fastsam import _cpu
+except ImportError:  # kernels/cpu.py says why
+    _cpu = None
+
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
@@ -65,10 +70,8 @@ class FlatSpace:
         self.states: list[dict | None] = [None] * len(self.params)
         self.kernels = None  # the backend that serves this space
         self.table = None  # that backend's own view of the addresses
-        self._strides = [p.stride() for p in self.params]
-        self._shapes = [p.shape for p in self.params]
-        self._devices = [self.device] * len(self.params)
         self._dtypes = self.gradient_dtypes
+        self._scanner = _scanner(self.params)
         self._buffers: dict[str, FlatBuffer | StepCounts] = {}
 
     def buffer(self, name: str) -> FlatBuffer:
@@ -129,29 +132,17 @@ class FlatSpace:
         A dense gradient with other strides is replaced by a copy in the weight's layout. Raises ``ValueError``
         or ``TypeError``, naming the parameter by its shape, for any other that does not match.
         """
-        gradients = [p.grad for p in self.params]
-        if self._all_match(gradients):
-            self.gradient_addresses = list(map(Tensor.data_ptr, gradients))
+        found = self._scanner.gradients() if self._scanner is not None else None
+        if found is not None:
+            self.gradients, self.gradient_addresses = found
             self.gradient_dtypes = self._dtypes
-        else:
-            gradients = [
-                None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)
-            ]
-            self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
-            self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in gradients]
-        self.gradients = gradients
-
-    def _all_match(self, gradients: list[Tensor | None]) -> bool:
-        """The usual case, in which no gradient needs a closer look; this runs in every pass."""
-        try:
-            return (
-                list(map(Tensor.stride, gradients)) == self._strides
-                and [g.shape for g in gradients] == self._shapes
-                and [g.device for g in gradients] == self._devices
-                and [g.dtype for g in gradients] == self._dtypes
-            )
-        except (TypeError, AttributeError, RuntimeError):  # a missing or a sparse gradient
-            return False
+            return
+        gradients = [p.grad for p in self.params]
+        self.gradients = gradients = [
+            None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)
+        ]
+        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
+        self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in gradients]
 
 
 def flatten_parameters(model: torch.nn.Module) -> None:
@@ -210,6 +201,14 @@ def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
         whole.zero_()
 
 
+def _scanner(params: list[Tensor]):
+    """The compiled reader of gradients, where it is built and torch offers DLPack's exchange API (2.10 on)."""
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if _cpu is None or api is None or any(type(p) not in (Tensor, torch.nn.Parameter) for p in params):
+        return None
+    return _cpu.Scanner(params, api, Tensor)
+
+
 def _layout(p: Tensor) -> tuple:
     return (p.device, p.dtype, p.shape, p.stride())
 
@@ -241,6 +240,8 @@ def _matching_gradient(p: Tensor, g: Tensor) -> Tensor:
             f"the gradient of {describe(p)} is {g.layout}; fastsam needs dense gradients "
             "(torch.nn.Embedding: sparse=False)"
         )
+    if g.dtype == p.dtype and g.shape == p.shape and g.stride() == p.stride() and g.device == p.device:
+        return g
     if g.shape != p.shape:
         raise ValueError(
             f"the gradient of {describe(p)} has shape {tuple(g.shape)}; they must be equal: "
@@ -251,8 +252,6 @@ def _matching_gradient(p: Tensor, g: Tensor) -> Tensor:
             f"the gradient of {describe(p)} is on {g.device}, the parameter on {p.device}: "
             "clear it with zero_grad() after moving a model"
         )
-    if g.dtype == p.dtype and _same_order(p, g.stride()):
-        return g
     if not g.is_floating_point():
         raise TypeError(f"the gradient of {describe(p)} has dtype {g.dtype}; it must be real floating point")
     if (g.dtype == torch.float64) != (p.dtype == torch.float64):

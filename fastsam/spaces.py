@@ -61,6 +61,11 @@ class Spaces:
         if not any(g is not None for space in self._spaces for g in space.gradients):
             raise RuntimeError("no parameter has a gradient: call loss.backward() before each pass")
 
+    def release_gradients(self) -> None:
+        """Lets go of the gradients of a finished pass: their memory is the next pass's."""
+        for space in self._spaces:
+            space.gradients = []
+
     @property
     def decide_on_host(self) -> bool:
         return all(space.kernels.DECIDES_ON_HOST for space in self._spaces)

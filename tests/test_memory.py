@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
+
+from fastsam import FriendlySAM
 
 WEIGHT_MB = 192
 SLACK = 0.15
@@ -69,3 +72,15 @@ def test_peak_memory_is_the_base_optimizers_plus_the_buffers(cpu, base, method):
 
 def test_the_weights_are_as_large_as_this_file_says():
     assert 64 * torch.Size((1 << 18, 3)).numel() * 4 == WEIGHT_MB * 2**20
+
+
+@pytest.mark.parametrize("step", ["first_step", "second_step"])
+def test_a_pass_lets_go_of_its_gradients(step):
+    parameter = torch.nn.Parameter(torch.randn(5))
+    optimizer = FriendlySAM([parameter], torch.optim.SGD, lr=0.1)
+    parameter.grad = torch.randn(5)
+    if step == "second_step":
+        optimizer.first_step()
+    gradient = weakref.ref(parameter.grad)
+    getattr(optimizer, step)(zero_grad=True)
+    assert gradient() is None, "the memory of the gradients is the next pass's"

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "kernels.h"
+#include "scan.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -133,6 +134,10 @@ PYBIND11_MODULE(_cpu, m) {
       .def("set_flags", &Table::set_flags)
       .def_property_readonly("rows", [](const Table& t) { return t.rows.size(); })
       .def_property_readonly("chunks", [](const Table& t) { return t.chunks.size(); });
+
+  py::class_<Scanner>(m, "Scanner")
+      .def(py::init<py::list, py::capsule, py::object>())
+      .def("gradients", &Scanner::gradients);
 
   m.def("isa", [] { return kernels().name; });
   m.def("thread_runtime", thread_runtime);
