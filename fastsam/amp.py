@@ -46,3 +46,18 @@ def record_step(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Opti
     progress = scaler._per_optimizer_states[id(optimizer)]
     progress["stage"] = OptState.STEPPED
     progress["found_inf_per_device"] = {found_inf.device: found_inf}
+
+
+def forget_pass(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """After a step that was abandoned: an ``unscale_`` of its gradients says nothing about those of the next."""
+    if scaler is not None and scaler.is_enabled():
+        scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.READY
+
+
+def refuse_unscaled(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ``RuntimeError`` if ``unscale_`` was called where scaled gradients are still to be added up."""
+    if scaler is not None and scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+        raise RuntimeError(
+            "grad_scaler.unscale_() before or inside accumulate(closure): scaled and unscaled gradients would be "
+            "added; call it once, before descend()"
+        )

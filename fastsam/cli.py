@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fastsam import kernels
 from fastsam._build import version
+from fastsam.curvature.cli import sharpness
 
 app = typer.Typer(
     name="fastsam",
@@ -46,12 +47,8 @@ def demo(
         "fastsam-demo"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds 0, 1, ...")] = 3,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of every run, instead of each model's own.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One short run: tries everything, learns nothing.")
-    ] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of every run, instead of each model's own.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One short run: tries everything, learns nothing.")] = False,
 ) -> None:
     """Train small networks on handwritten digits with SGD, SAM, F-SAM and Eigen-SAM, and compare them."""
     from fastsam.demo import run
@@ -61,6 +58,9 @@ def demo(
     except ImportError as error:  # names the packages to install
         typer.echo(f"fastsam demo: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+app.command()(sharpness)
 
 
 def _versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ class FlatBuffer:
             for p, offset in zip(space.params, space.offsets, strict=True)
         ]
         self.ids = list(map(id, self.views))
+        self.used = [False] * len(self.views)  # parts that are somebody's state, or were
 
 
 class StepCounts:
@@ -41,6 +42,7 @@ class StepCounts:
         self.flat = torch.zeros(len(space.params), dtype=torch.float32, device=space.device)
         self.views = list(self.flat.unbind())
         self.ids = list(map(id, self.views))
+        self.used = [False] * len(self.views)  # parts that are somebody's state, or were
 
 
 class FlatSpace:
@@ -104,11 +106,18 @@ class FlatSpace:
             if value is not None and value is not buffer.views[i]:
                 buffer.views[i].copy_(value)
                 self.states[i][name] = buffer.views[i]
+            elif value is None and buffer.used[i]:
+                buffer.views[i].zero_()  # the state was cleared
+            buffer.used[i] = value is not None
         return [value is not None for value in values]
 
-    def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, which: Sequence[bool]) -> None:
-        """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters that ``which`` marks."""
-        if None in self.states:
+    def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, which: Sequence[bool]) -> bool:
+        """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters that ``which`` marks.
+
+        Returns whether ``state`` has new entries.
+        """
+        grows = None in self.states
+        if grows:
             self.states = [
                 state[p] if marked and entry is None else entry
                 for p, entry, marked in zip(self.params, self.states, which, strict=True)
@@ -116,6 +125,8 @@ class FlatSpace:
         for entry, view, marked in zip(self.states, buffer.views, which, strict=True):
             if marked:
                 entry[name] = view
+        buffer.used = [a or b for a, b in zip(buffer.used, which, strict=True)]
+        return grows
 
     def still_fits(self) -> bool:
         """Whether the parameters are still what the space was built for; follows weights that only moved."""

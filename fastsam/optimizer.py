@@ -13,21 +13,23 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from fastsam.amp import record_step, unscaling_factor
+from fastsam.amp import forget_pass, record_step, unscaling_factor
+from fastsam.checkpoint import checked, in_this_layout
 from fastsam.checks import at_least
+from fastsam.closures import Accumulated, ClosureSteps
 from fastsam.descent import fused_rule
 from fastsam.flat import FlatSpace, clear_gradients, describe
+from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent, Descent
 from fastsam.kernels.torch import clipped
 from fastsam.spaces import Spaces, total
+from fastsam.untraced import untraced
 
 #: Added to every norm before a division, as the authors of SAM do.
 NORM_EPSILON = 1e-12
@@ -35,7 +37,11 @@ NORM_EPSILON = 1e-12
 _UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
 
 
-class SharpnessAware(torch.optim.Optimizer):
+_uninterrupted = uninterrupted
+
+
+@untraced
+class SharpnessAware(ClosureSteps):
     """Base class of the methods: owns the flat spaces and runs the passes.
 
     A method subclasses it, names its hyper-parameters in ``defaults``, sets the class attributes below, and
@@ -61,6 +67,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self._perturbed = False
         self._sums: Tensor | None = None
         self._first_scaler: GradScaler | None = None
+        self._accumulated: Accumulated | None = None
         # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
         # method's is called sam_<name> in the groups.
         taken = inspect.signature(base_optimizer).parameters
@@ -96,22 +103,12 @@ class SharpnessAware(torch.optim.Optimizer):
                 "first_step() was called twice in a row: the weights are perturbed already; "
                 "call second_step(), or restore() to abandon the step"
             )
-        groups = self._method_groups()
-        for group in groups:
-            self.check_group(group)
-        self._spaces.refresh(self.param_groups, self.state)
-        self._spaces.collect_gradients()
-        for space in self._spaces:
-            space.climbed = [False] * len(space.params)
-        climbing = [space for space in self._spaces if space.perturbed]
-        factor = unscaling_factor(grad_scaler, self)
-        ascents = [self._ascent(space, groups, factor) for space in climbing]
-        self._sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
-        with self._or_restored(), _uninterrupted():
-            self._perturbed = True
-            self._first_scaler = grad_scaler
-            for space, ascent in zip(climbing, ascents, strict=True):
-                space.kernels.climb(space, ascent, self._sums.to(space.device))
+        if self._accumulated is not None:
+            raise RuntimeError(
+                "first_step() after accumulate(closure): call descend() for the step's update, or zero_grad() before "
+                "the backward pass to abandon it"
+            )
+        self._climb(grad_scaler)
         if zero_grad:
             self.zero_grad()
 
@@ -134,30 +131,7 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         if not self._perturbed:
             raise RuntimeError("second_step() without first_step(): compute gradients, call first_step(), then again")
-        _check_clipping(max_norm, clip_value)
-        with self._or_restored(), _uninterrupted():
-            if grad_scaler is not self._first_scaler:
-                raise RuntimeError("give the same grad_scaler to first_step() and second_step()")
-            factor = unscaling_factor(grad_scaler, self)
-            self._spaces.find_states(self.state)
-            self._spaces.follow()
-            self._spaces.collect_gradients()
-            guard = Ascent(self._method_groups(), grad_scale=factor)
-            sums = total([space.kernels.gram(space, guard) for space in self._spaces])
-            self._sums = torch.add(sums, self._sums.to(sums.device), alpha=0)  # 0 * inf is NaN: either pass counts
-            options = dict(grad_scale=factor, max_norm=max_norm, clip_value=clip_value)
-            rule = fused_rule(self.base_optimizer)
-            if rule is None:
-                self._restore_then_base_step(options)
-            else:
-                for space in self._spaces:
-                    self._descend(space, rule, options)
-            record_step(grad_scaler, self, self.found_inf)
-            if self.uses_ema and self._committed():
-                self._spaces.find_states(self.state)  # the base optimizer's own step may have added some
-                self._keep_averages()
-            self._perturbed = False
-        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
+        self._update(None, dict(grad_scaler=grad_scaler, max_norm=max_norm, clip_value=clip_value))
         if zero_grad:
             self.zero_grad()
 
@@ -169,7 +143,9 @@ class SharpnessAware(torch.optim.Optimizer):
         self._spaces.follow()
         for space in self._spaces:
             space.kernels.restore(space)
+        self._spaces.release_gradients()
         self._perturbed = False
+        forget_pass(self._first_scaler, self)
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -183,45 +159,10 @@ class SharpnessAware(torch.optim.Optimizer):
         finally:
             self.restore()
 
-    def step(self, closure: Callable[[], Tensor] | None = None, **options):
-        """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
-
-        It is evaluated twice, at w and at w + e; gradients are cleared before each pass and on return; the
-        first loss is returned. ``options`` are those of :meth:`second_step`: ``grad_scaler``, ``max_norm``,
-        ``clip_value``. Raises ``RuntimeError`` if gradients from elsewhere are present: they
-        would be lost (see :meth:`finish`), and ``TypeError`` for a closure that is missing or returns no loss.
-        """
-        self._check_closure(closure, "step")
-        if self._perturbed:
-            raise RuntimeError("step(closure) between first_step() and second_step(): finish that step, or restore()")
-        if self._has_gradients():
-            raise RuntimeError(
-                "step(closure) found gradients that it did not compute: it evaluates the closure for both passes. "
-                "If loss.backward() was called just before, write optimizer.finish(closure) instead of "
-                "optimizer.step(closure); otherwise call optimizer.zero_grad() first"
-            )
-        self.zero_grad()
-        loss = self._evaluate(closure)
-        self._finish(closure, options)
-        return loss
-
-    def finish(self, closure: Callable[[], Tensor], **options):
-        """The step of ``loss.backward(); optimizer.finish(closure)``, as davda54's and F-SAM's code write it.
-
-        The gradients at hand are those of the first pass; ``closure`` (a full forward and backward pass) is
-        evaluated once, at w + e. Gradients are cleared on return; the closure's loss is returned.
-        """
-        self._check_closure(closure, "finish")
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(
-                "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "
-                "which evaluates the closure for both passes"
-            )
-        return self._finish(closure, options)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient; those of :func:`fastsam.flatten_parameters` are zeroed where they are."""
-        clear_gradients([p for group in self.param_groups for p in group["params"]], set_to_none)
+        self._accumulated = None
+        self._clear_gradients(set_to_none)
 
     @property
     def found_inf(self) -> Tensor:
@@ -251,8 +192,8 @@ class SharpnessAware(torch.optim.Optimizer):
         Such a group is updated, but neither climbed nor backed up. Raises ``ValueError`` or ``TypeError`` for
         hyper-parameters out of range and for parameters that are not real floating-point tensors.
         """
-        if self._perturbed:
-            raise RuntimeError("add_param_group() between first_step() and second_step(): finish the step first")
+        if self._perturbed or self._accumulated is not None:
+            raise RuntimeError("add_param_group() within a step: call second_step(), or descend(), first")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -277,6 +218,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 "state_dict() between first_step() and second_step(): the weights are perturbed; "
                 "take the checkpoint after second_step(), or call restore() first"
             )
+        if not self._spaces.decide_on_host:
+            self._spaces.forget_never_started(self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -286,15 +229,8 @@ class SharpnessAware(torch.optim.Optimizer):
         """
         if self._perturbed:
             raise RuntimeError("load_state_dict() between first_step() and second_step(): finish the step first")
-        groups = [
-            {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
-            for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False)
-        ] + state_dict["param_groups"][len(self.param_groups) :]
-        state = {
-            i: {k: v for k, v in s.items() if k != "old_p"} if isinstance(s, dict) else s
-            for i, s in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self._accumulated = None
+        super().load_state_dict(checked(in_this_layout(state_dict, self), self))
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share_with_base()
 
@@ -302,7 +238,13 @@ class SharpnessAware(torch.optim.Optimizer):
         if self._perturbed:
             raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
         own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
-        return {**own, "_spaces": Spaces(self._spaces.backend), "_sums": None, "_first_scaler": None}
+        return {
+            **own,
+            "_spaces": Spaces(self._spaces.backend),
+            "_sums": None,
+            "_first_scaler": None,
+            "_accumulated": None,
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -323,24 +265,108 @@ class SharpnessAware(torch.optim.Optimizer):
             return self.param_groups
         return [{**g, **{name: g[alias] for name, alias in self._aliases.items()}} for g in self.param_groups]
 
-    def _ascent(self, space: FlatSpace, groups: list[dict], grad_scale) -> Ascent:
+    @torch.no_grad()
+    def _climb(self, grad_scaler: GradScaler | None, accumulated: Accumulated | None = None) -> None:
+        groups = self._method_groups()
+        for group in groups:
+            self.check_group(group)
+        self._spaces.refresh(self.param_groups, self.state)
+        if accumulated is not None and accumulated.spaces != list(self._spaces):
+            raise RuntimeError("parameters changed between two accumulate() of a step: call zero_grad() to start again")
+        self._spaces.collect_gradients()
+        for space in self._spaces:
+            space.climbed = [False] * len(space.params)
+        climbing = [space for space in self._spaces if space.perturbed]
+        factor = unscaling_factor(grad_scaler, self)
+        ascents = [self._ascent(space, groups, factor, accumulated) for space in climbing]
+        sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
+        with self._or_restored(), uninterrupted():
+            self._perturbed = True
+            self._first_scaler = grad_scaler
+            self._sums = sums
+            for space, ascent in zip(climbing, ascents, strict=True):
+                space.kernels.climb(space, ascent, sums.to(space.device))
+        self._spaces.release_gradients()
+
+    @torch.no_grad()
+    def _update(self, accumulated: Accumulated | None, options: dict) -> None:
+        """The second half of a step: after a climb, or with the gradients of ``accumulated`` micro-batches."""
+        grad_scaler, clipping = options.pop("grad_scaler", None), {"max_norm": None, "clip_value": None, **options}
+        check_clipping(**clipping)
+        expected, first = (
+            (self._first_scaler, self._sums) if accumulated is None else (accumulated.scaler, accumulated.met)
+        )
+        with self._or_restored(), uninterrupted():
+            if grad_scaler is not expected:
+                raise RuntimeError("give the same grad_scaler to both passes: to first_step() and second_step()")
+            if accumulated is not None and accumulated.spaces != list(self._spaces):
+                raise RuntimeError("parameters changed since accumulate(closure): call zero_grad() to start again")
+            factor = unscaling_factor(grad_scaler, self)
+            self._spaces.find_states(self.state)
+            self._spaces.follow()
+            self._spaces.collect_gradients()
+            guard = Ascent(self._method_groups(), grad_scale=factor)
+            sums = total([space.kernels.gram(space, guard) for space in self._spaces])
+            self._sums = torch.add(sums, first.to(sums.device), alpha=0)  # 0 * inf is NaN: every pass counts
+            options = dict(grad_scale=factor, **clipping)
+            rule = fused_rule(self.base_optimizer)
+            if rule is None:
+                committed = self._restore_then_base_step(options)
+            else:
+                committed = not self._spaces.decide_on_host or self._finite()
+                for space in self._spaces:
+                    self._descend(space, rule, options, accumulated, committed)
+            if grad_scaler is not None:
+                record_step(grad_scaler, self, self.found_inf)
+            if self.uses_ema and committed:
+                self._spaces.find_states(self.state)  # the base optimizer's own step may have added some
+                self._keep_averages(accumulated)
+            self._perturbed = False
+            self._accumulated = None
+        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
+        self._spaces.release_gradients()
+
+    @torch.no_grad()
+    def _keep_micro_batch(self, so_far: Accumulated | None, scaler: GradScaler | None) -> None:
+        """Puts the weights back after a micro-batch; its sums and averages wait for ``descend``."""
+        kept = Accumulated(list(self._spaces), scaler)
+        kept.met = self._sums if so_far is None else so_far.met + self._sums
+        for i, space in enumerate(self._spaces):
+            if self.uses_ema and space.perturbed:
+                before = "momentum" if so_far is None else "momentum_accumulated"
+                started = self._averaged(space) if so_far is None else so_far.averages[i]
+                kept.averages[i] = _carry_over(space, before, started)
+                space.buffer("momentum_accumulated")
+                space.swap("momentum_next", "momentum_accumulated")
+        self.restore()
+        for space in self._spaces:
+            space.climbed = [False] * len(space.params)
+        self._accumulated = kept
+
+    def _ascent(self, space: FlatSpace, groups: list[dict], grad_scale, accumulated: Accumulated | None) -> Ascent:
         ascent = Ascent(groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
         if self.uses_ema:
             ascent.ema_started = space.adopt("momentum", space.buffer("momentum"))
             ascent.ema = space.buffer("momentum").flat
+            if accumulated is not None:
+                ascent.ema_started = accumulated.averages[accumulated.spaces.index(space)]
+                ascent.ema = space.buffer("momentum_accumulated").flat
             ascent.ema_next = space.buffer("momentum_next").flat
         if self.uses_eigenvector and any(space.adopt("eigenvector", space.buffer("eigenvector"))):
             ascent.vector = space.buffer("eigenvector").flat
         return ascent
 
-    def _committed(self) -> bool:
-        """Whether the step counts, as far as the host knows: it never waits for a device to say.
+    def _finite(self) -> bool:
+        """Whether the step counts: waits for the sums."""
+        return all(map(math.isfinite, self._sums.tolist()))
+
+    def _descend(
+        self, space: FlatSpace, rule, options: dict, accumulated: Accumulated | None, committed: bool
+    ) -> None:
+        """The fused update of one space. ``committed``: the step counts, as far as the host knows without waiting.
 
         Where a device decides, its kernels leave every buffer as it was if the sums are not finite.
         """
-        return all(map(math.isfinite, self._sums.tolist())) if self._spaces.decide_on_host else True
-
-    def _descend(self, space: FlatSpace, rule, options: dict) -> None:
         buffers = {
             name: space.step_counts() if name == "step" else space.buffer(name)
             for name in rule.state_names(self.param_groups)
@@ -350,18 +376,20 @@ class SharpnessAware(torch.optim.Optimizer):
             started = space.adopt(name, buffer)
         descent = Descent(rule.groups(self.param_groups), {k: b.flat for k, b in buffers.items()}, started, **options)
         if self.uses_ema and space.perturbed:
-            descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer("momentum_next").flat
+            latest = "momentum_next" if accumulated is None else "momentum_accumulated"
+            descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer(latest).flat
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
-        if self._committed() and not all(started):
+        if committed and not all(started):
             updated = [g is not None for g in space.gradients]
             for name, buffer in buffers.items():
-                space.publish(self.state, name, buffer, updated)
+                self._spaces.publish(space, self.state, name, buffer, updated)
 
-    def _restore_then_base_step(self, options: dict) -> None:
+    def _restore_then_base_step(self, options: dict) -> bool:
+        """The update of a base optimizer without a fused descend; whether the step counts."""
         for space in self._spaces:
             space.kernels.restore(space)
-        if not all(map(math.isfinite, self._sums.tolist())):  # a base optimizer cannot decide on the device
-            return
+        if not self._finite():  # a base optimizer cannot decide on the device
+            return False
         descent = Descent(self.param_groups, {}, (), **options)
         for space in self._spaces:
             for g in space.gradients:
@@ -369,6 +397,7 @@ class SharpnessAware(torch.optim.Optimizer):
                     g.copy_(clipped(g * descent.grad_scale, descent, self._sums))
         with self._own_state_hidden():
             self.base_optimizer.step()
+        return True
 
     @contextlib.contextmanager
     def _own_state_hidden(self) -> Iterator[None]:
@@ -384,47 +413,27 @@ class SharpnessAware(torch.optim.Optimizer):
             for p, name, value in hidden:
                 self.state[p][name] = value
 
-    def _keep_averages(self) -> None:
-        """The averages written by climb become the state; parameters without a gradient keep theirs."""
-        for space in self._spaces:
+    def _averaged(self, space: FlatSpace) -> list[bool]:
+        """Which parameters F-SAM's average has met."""
+        return [entry is not None and "momentum" in entry for entry in space.states]
+
+    def _keep_averages(self, accumulated: Accumulated | None) -> None:
+        """The averages written by climb become the state."""
+        for i, space in enumerate(self._spaces):
             if not space.perturbed:
                 continue
-            old, new = space.buffer("momentum"), space.buffer("momentum_next")
-            if all(space.climbed):
+            if accumulated is None:
                 kept = space.climbed
+                if not all(kept):
+                    kept = _carry_over(space, "momentum", self._averaged(space))
             else:
-                kept = [entry is not None and "momentum" in entry for entry in space.states]
-                for i, keeps in enumerate(kept):
-                    if keeps and not space.climbed[i]:
-                        new.views[i].copy_(old.views[i])
-                kept = [a or b for a, b in zip(kept, space.climbed, strict=True)]
-            space.publish(self.state, "momentum", new, kept)
+                space.swap("momentum_accumulated", "momentum_next")
+                kept = accumulated.averages[i]
+            self._spaces.publish(space, self.state, "momentum", space.buffer("momentum_next"), kept)
             space.swap("momentum", "momentum_next")
 
-    def _check_closure(self, closure, method: str) -> None:
-        if closure is None:
-            raise TypeError(
-                f"{method}() needs a closure that does a full forward and backward pass and returns the loss; "
-                "in a manual loop call first_step() and second_step()"
-            )
-
-    def _has_gradients(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return any(bool(g.any()) if g.layout == torch.strided else True for g in gradients)
-
-    def _evaluate(self, closure):
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None:
-            raise TypeError("the closure returned None: it must return the loss after loss.backward()")
-        return loss
-
-    def _finish(self, closure, options: dict):
-        with self._or_restored():
-            self.first_step(zero_grad=True, grad_scaler=options.get("grad_scaler"))
-            loss = self._evaluate(closure)
-            self.second_step(zero_grad=True, **options)
-        return loss
+    def _clear_gradients(self, set_to_none: bool = True) -> None:
+        clear_gradients(self._every_parameter(), set_to_none)
 
     @contextlib.contextmanager
     def _or_restored(self) -> Iterator[None]:
@@ -436,25 +445,18 @@ class SharpnessAware(torch.optim.Optimizer):
             raise
 
 
-def _check_clipping(max_norm: float | None, clip_value: float | None) -> None:
+def _carry_over(space: FlatSpace, before: str, started: list[bool]) -> list[bool]:
+    """Parameters without a gradient in this pass keep the average they had; says which have one now."""
+    old, new = space.buffer(before), space.buffer("momentum_next")
+    for i, (had, climbed) in enumerate(zip(started, space.climbed, strict=True)):
+        if had and not climbed:
+            new.views[i].copy_(old.views[i])
+    return [had or climbed for had, climbed in zip(started, space.climbed, strict=True)]
+
+
+def check_clipping(max_norm: float | None, clip_value: float | None) -> None:
     if max_norm is not None and clip_value is not None:
         raise ValueError(f"max_norm={max_norm!r} and clip_value={clip_value!r}: clip by one of them")
     for name, value in (("max_norm", max_norm), ("clip_value", clip_value)):
         if value is not None:
             at_least(0, name, value)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back for the milliseconds in which weights, backup and flags must change together."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    pending = []
-    handler = signal.signal(signal.SIGINT, lambda *arguments: pending.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pending and callable(handler):
-        handler(*pending[0])

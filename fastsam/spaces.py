@@ -46,6 +46,22 @@ class Spaces:
                 space.find_states(state)
             self._entries = entries
 
+    def publish(self, space: FlatSpace, state, name: str, buffer, which: Sequence[bool]) -> None:
+        """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters of ``space`` that ``which`` marks."""
+        if space.publish(state, name, buffer, which):
+            self._entries = list(map(id, state.values()))
+
+    def forget_never_started(self, state) -> None:
+        """Takes out of ``state`` what a device marked as never started: a first step that it found to be abandoned.
+
+        The mark is a NaN, which no state can hold otherwise. Waits for the device.
+        """
+        entries = [(entry, n) for entry in state.values() for n in ("momentum", "momentum_buffer") if n in entry]
+        entries = [(entry, n) for entry, n in entries if entry[n] is not None and entry[n].numel()]
+        for entry, name in entries:
+            if bool(entry[name].flatten()[0].isnan()):
+                del entry[name]
+
     def follow(self) -> None:
         """Between the passes: follows weights that moved, and raises ``RuntimeError`` for any other change."""
         if not all(space.still_fits() for space in self._spaces):

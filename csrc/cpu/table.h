@@ -58,10 +58,12 @@ class Table {
     flags_.clear();
   }
 
-  // Rebuilds rows and chunks if the flags, or the addresses before them, have changed.
-  void set_flags(std::vector<uint8_t> flags) {
-    if (flags == flags_) return;
+  // Rebuilds rows and chunks if the flags, or the addresses before them, have changed. Without `merge` every
+  // parameter has a row of its own: Adam's step counts may differ between neighbours.
+  void set_flags(std::vector<uint8_t> flags, bool merge) {
+    if (flags == flags_ && merge == merge_) return;
     flags_ = std::move(flags);
+    merge_ = merge;
     rows.clear();
     chunks.clear();
     elements = 0;
@@ -71,7 +73,7 @@ class Table {
       if (!taken || sizes_[i] == 0) continue;
       const Row row{reinterpret_cast<char*>(weights_[i]), reinterpret_cast<const char*>(gradients_[i]), offsets_[i],
                     sizes_[i], groups_[i], static_cast<int32_t>(i), flags_[i], static_cast<Dtype>(gradient_types_[i])};
-      if (previous == static_cast<int>(i) - 1 && joined_[i] && extends(rows.back(), row))
+      if (merge_ && previous == static_cast<int>(i) - 1 && joined_[i] && extends(rows.back(), row))
         rows.back().size += row.size;
       else
         rows.push_back(row);
@@ -100,6 +102,7 @@ class Table {
   std::vector<bool> joined_;
   std::vector<uintptr_t> weights_, gradients_;
   std::vector<uint8_t> gradient_types_, flags_;
+  bool merge_ = true;
 };
 
 }  // namespace fastsam

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 #: Every backend, the fastest first. ``auto`` takes the first that is available and serves the device.
-NAMES = ("triton", "cpu", "torch")
+NAMES = ("cuda", "triton", "cpu", "torch")
 
 
 @dataclass

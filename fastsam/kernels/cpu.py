@@ -111,7 +111,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     steps = descent.state["step"]
     steps += torch.tensor([g is not None for g in space.gradients])
     _cpu.descend_adam(
-        _table(space, descent.started, _STATE_STARTED),
+        _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),
         _address(descent.state["exp_avg"]),
         _address(descent.state["exp_avg_sq"]),
@@ -162,14 +162,14 @@ def _scale_and_limit(descent: Descent, sums: Tensor) -> tuple[float, float]:
     return scale, math.inf if descent.clip_value is None else descent.clip_value
 
 
-def _table(space: FlatSpace, started=(), bit: int = 0):
+def _table(space: FlatSpace, started=(), bit: int = 0, merge: bool = True):
     """The space's chunk table, brought up to date with the addresses and flags of this pass."""
     if space.table is None:
         space.table = _Table(space)
     flags = [_CLIMBED if climbed else 0 for climbed in space.climbed]
     if bit and started:
         flags = [f | bit if s else f for f, s in zip(flags, started, strict=True)]
-    return space.table.refresh(space, flags)
+    return space.table.refresh(space, flags, merge)
 
 
 class _Table:
@@ -180,14 +180,14 @@ class _Table:
         self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, sizes, space.groups, space.joined)
         self._weights = self._gradients = self._dtypes = None
 
-    def refresh(self, space: FlatSpace, flags: list[int]):
+    def refresh(self, space: FlatSpace, flags: list[int], merge: bool):
         if self._dtypes is not space.gradient_dtypes:
             self._dtypes = space.gradient_dtypes
             self.rows.set_gradient_types([_DTYPES[d] for d in self._dtypes])
         if self._weights is not space.weights or self._gradients is not space.gradient_addresses:
             self._weights, self._gradients = space.weights, space.gradient_addresses
             self.rows.set_addresses(self._weights, self._gradients)
-        self.rows.set_flags(flags)
+        self.rows.set_flags(flags, merge)
         return self.rows
 
 

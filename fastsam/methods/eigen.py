@@ -120,9 +120,11 @@ class EigenSAM(SharpnessAware):
 
     def coefficients(self, dd, dv, vv, group):
         norm = dd**0.5 + NORM_EPSILON
-        sign = (dv > 0) - (dv < 0)
+        sign = (dv > 0) * 1.0 - (dv < 0) * 1.0
         c_v = group["rho"] * group["alpha"] * sign
         return group["rho"] / norm - c_v * (dv / norm) / norm, c_v
+
+    coefficients.closed_form = True  # what every compiled kernel can compute by itself
 
     def check_group(self, group):
         at_least(0, "rho", group["rho"])
@@ -142,21 +144,21 @@ class EigenSAM(SharpnessAware):
         step = group["steps"] if step is None else step
         return step > 0 and step % group["freq"] == 0
 
-    def step(self, closure=None, estimate_closure: Callable | None = None):
+    def step(self, closure=None, estimate_closure: Callable | None = None, **options):
         """:meth:`SAM.step`, which first refreshes the eigenvector when that is due.
 
         The estimate's gradients are those of ``estimate_closure``, which may take a smaller batch, or of ``closure``
         itself: twice for each product. An estimate that meets a NaN or an infinity is a warning, and the vector stays.
         """
         if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
-            self._refresh(estimate_closure or closure)
-        return super().step(closure)
+            self._refresh(estimate_closure or closure, options)
+        return super().step(closure, **options)
 
-    def finish(self, closure, estimate_closure: Callable | None = None):
+    def finish(self, closure, estimate_closure: Callable | None = None, **options):
         """:meth:`SAM.finish`, which first refreshes the eigenvector when that is due, as :meth:`step` does."""
         if closure is not None and not self._perturbed and self.eigenvector_due():
-            self._refresh(estimate_closure or closure)
-        return super().finish(closure)
+            self._refresh(estimate_closure or closure, options)
+        return super().finish(closure, **options)
 
     def update_eigenvector(self, loss_fn, model: torch.nn.Module | None = None) -> None:
         """Estimates v, by default with five power steps of exact Hessian-vector products from the previous v.
@@ -179,15 +181,19 @@ class EigenSAM(SharpnessAware):
         self._estimate(hessian)
         self._no_second_derivative |= method == "auto" and hessian.method == "finite-difference"
 
-    def _refresh(self, closure) -> None:
+    def _refresh(self, closure, options: dict) -> None:
+        scaler, model = options.get("grad_scaler"), options.get("model")
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        eval_mode = bool(self.estimate.eval_mode)
         try:
-            self._estimate(self._hessian(closure, None, bool(self.estimate.eval_mode), closure=True))
+            self._estimate(self._hessian(closure, model, eval_mode, closure=True, loss_scale=scale))
         except FloatingPointError as error:
             warnings.warn(f"the eigenvector was not refreshed: {error}", RuntimeWarning, stacklevel=3)
 
     def _hessian(self, loss_fn, model, eval_mode: bool, **options) -> Hessian:
         params = [p for p, perturb in self._params() if perturb and p.requires_grad]
-        spaces = [space for space in self._current_spaces() if space.perturbed]
+        self._spaces.refresh(self.param_groups, self.state)
+        spaces = [space for space in self._spaces if space.perturbed]
         return Hessian(loss_fn, params, model=model, eval_mode=eval_mode, spaces=spaces, **options)
 
     def _estimate(self, hessian: Hessian) -> None:

@@ -1,0 +1,188 @@
+// gram: <d,d>, <d,v>, <v,v> in one read.
+#include "launch.cuh"
+
+namespace fastsam {
+namespace {
+
+struct Sums {
+  double dd, dv, vv;
+};
+
+FASTSAM_INLINE void add(Sums& a, const Sums& b) {
+  a.dd += b.dd;
+  a.dv += b.dv;
+  a.vv += b.vv;
+}
+
+// sum + <a, b>. The product of two floats is exact in double.
+template <class S, int N>
+FASTSAM_INLINE double plus_products(double sum, const Values<S, N>& a, const Values<S, N>& b) {
+  FASTSAM_UNROLL
+  for (int k = 0; k < N; ++k) sum = fma(double(a.at[k]), double(b.at[k]), sum);
+  return sum;
+}
+
+template <class W, class G>
+struct Gram {
+  using S = Scalar<W>;
+
+  // One thread's part of one chunk.
+  static FASTSAM_INLINE void run(const GramArgs& a, const Piece& p, Sums& sums, int thread) {
+    if (!p.g) return;
+    const AscentGroup* h = a.groups ? a.groups + p.group : nullptr;
+    const S scale = S(a.scaling->grad_scale), sigma = S(h ? h->sigma : 0.0);
+    const W* w = a.weighted && h->adaptive != 0 ? reinterpret_cast<const W*>(p.w) : nullptr;
+    const W *m = part<W>(a.ema, p), *v = part<W>(a.vector, p);
+    if (!m && !v && !w) return norm(p, scale, sums, thread);
+    const uint64_t addresses = address(w) | address(p.g) | address(m) | address(v);
+    for_elements<kWidth<W>>(thread, p.count, addresses, [&](int i, auto width) {
+      constexpr int N = decltype(width)::value;
+      Values<S, N> d = Gradient<G, N>::load(p.g, p.gradient_type, i);
+      Raw<W, N> average, other, weight;
+      if (m) average = load_raw<W, N>(m + i);
+      if (v) other = load_raw<W, N>(v + i);
+      if (w) weight = load_raw<W, N>(w + i);
+      FASTSAM_UNROLL
+      for (int k = 0; k < N; ++k) d.at[k] = d.at[k] * scale;
+      if (m) {
+        const Values<S, N> x = widened<W, N>(average);
+        FASTSAM_UNROLL
+        for (int k = 0; k < N; ++k)
+          if (!is_blank(x.at[k])) d.at[k] = direction(d.at[k], x.at[k], sigma);
+      }
+      if (v) {
+        const Values<S, N> x = widened<W, N>(other);
+        sums.dv = plus_products(sums.dv, d, x);
+        sums.vv = plus_products(sums.vv, x, x);
+      }
+      if (w) {
+        const Values<S, N> x = widened<W, N>(weight);
+        FASTSAM_UNROLL
+        for (int k = 0; k < N; ++k) d.at[k] = d.at[k] * x.at[k];
+      }
+      sums.dd = plus_products(sums.dd, d, d);
+    });
+  }
+
+  // <g,g>, where nothing else is read: two vectors are under way at a time.
+  static FASTSAM_INLINE void norm(const Piece& p, S scale, Sums& sums, int thread) {
+    constexpr int N = kWidth<W>, kStep = kThreads * N;
+    const auto square = [&](auto g, auto width) {
+      constexpr int n = decltype(width)::value;
+      FASTSAM_UNROLL
+      for (int k = 0; k < n; ++k) g.at[k] = g.at[k] * scale;
+      sums.dd = plus_products(sums.dd, g, g);
+    };
+    const int whole = vector_count(p.count, N, address(p.g));
+    int i = thread * N;
+    FASTSAM_ROLLED
+    for (; i + kStep < whole; i += 2 * kStep) {
+      const Values<S, N> near = Gradient<G, N>::load(p.g, p.gradient_type, i);
+      const Values<S, N> far = Gradient<G, N>::load(p.g, p.gradient_type, i + kStep);
+      square(near, Int<N>{});
+      square(far, Int<N>{});
+    }
+    if (i < whole) square(Gradient<G, N>::load(p.g, p.gradient_type, i), Int<N>{});
+    FASTSAM_ROLLED
+    for (i = whole + thread; i < p.count; i += kThreads) square(Gradient<G, 1>::load(p.g, p.gradient_type, i), Int<1>{});
+  }
+};
+
+// One step of the sum over a block's threads, in a tree whose shape never changes.
+FASTSAM_INLINE void fold(Sums* lanes, int thread, int half) {
+  if (thread < half) add(lanes[thread], lanes[thread + half]);
+}
+
+FASTSAM_INLINE double from_other_block(const double* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(p);  // the caches of this processor may be behind
+#else
+  return *p;
+#endif
+}
+
+// One thread's part of the sum over all blocks. Without v there is only one to form.
+FASTSAM_INLINE Sums over_blocks(const GramArgs& a, int blocks, int thread) {
+  Sums sums = {0, 0, 0};
+  FASTSAM_UNROLL_FEW
+  for (int b = thread; b < blocks; b += kThreads) sums.dd += from_other_block(a.partials + b);
+  if (a.vector) {
+    FASTSAM_UNROLL_FEW
+    for (int b = thread; b < blocks; b += kThreads) {
+      sums.dv += from_other_block(a.partials + blocks + b);
+      sums.vv += from_other_block(a.partials + 2 * blocks + b);
+    }
+  }
+  return sums;
+}
+
+FASTSAM_INLINE void put(double* at, int stride, const Sums& sums) {
+  at[0] = sums.dd;
+  at[stride] = sums.dv;
+  at[2 * stride] = sums.vv;
+}
+
+__device__ __forceinline__ void fold_block(Sums* lanes) {
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    fold(lanes, threadIdx.x, half);
+  }
+}
+
+template <class W, class G>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<W, G>) gram_kernel(const __grid_constant__ GramArgs a) {
+  __shared__ Sums lanes[kThreads];
+  Sums sums = {0, 0, 0};
+  FASTSAM_ROLLED
+  for (int c = blockIdx.x; c < a.table.n_chunks; c += gridDim.x)
+    Gram<W, G>::run(a, piece(a.table, c, sizeof(W)), sums, threadIdx.x);
+  lanes[threadIdx.x] = sums;
+  fold_block(lanes);
+  if (threadIdx.x == 0) put(a.partials + blockIdx.x, gridDim.x, lanes[0]);
+  if (finished_last(a.counter, gridDim.x)) {
+    lanes[threadIdx.x] = over_blocks(a, gridDim.x, threadIdx.x);
+    fold_block(lanes);
+    if (threadIdx.x == 0) put(a.sums, 1, lanes[0]);
+  }
+}
+
+// The kernel's order of summation, thread by thread.
+template <class Part>
+Sums block_on_host(Part part) {
+  Sums lanes[kThreads];
+  for (int thread = 0; thread < kThreads; ++thread) lanes[thread] = part(thread);
+  for (int half = kThreads / 2; half > 0; half /= 2)
+    for (int thread = 0; thread < half; ++thread) fold(lanes, thread, half);
+  return lanes[0];
+}
+
+template <class W, class G>
+void gram_on_host(const GramArgs& a, int blocks) {
+  for (int block = 0; block < blocks; ++block) {
+    const Sums sums = block_on_host([&](int thread) {
+      Sums sums = {0, 0, 0};
+      for (int c = block; c < a.table.n_chunks; c += blocks)
+        Gram<W, G>::run(a, piece(a.table, c, sizeof(W)), sums, thread);
+      return sums;
+    });
+    put(a.partials + block, blocks, sums);
+  }
+  put(a.sums, 1, block_on_host([&](int thread) { return over_blocks(a, blocks, thread); }));
+}
+
+}  // namespace
+
+void gram(const GramArgs& args, Types types, Place place) {
+  const int blocks = gram_blocks(args.table.n_chunks);
+  if (blocks == 0) return;
+  with_types(types, [&](auto w, auto g) {
+    using W = decltype(w);
+    using G = decltype(g);
+    if (place.on_host) return gram_on_host<W, G>(args, blocks);
+    check(cudaSetDevice(place.device), "select the device");
+    gram_kernel<W, G><<<blocks, kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(args);
+    check(cudaGetLastError(), "launch a kernel");
+  });
+}
+
+}  // namespace fastsam

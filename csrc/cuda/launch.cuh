@@ -1,0 +1,91 @@
+// How a pass runs: a block a chunk, thread 0 computing what all of them share; and the same on the host.
+//
+// A pass is a struct template P<W, G> with
+//     Args                                  what it is launched with
+//     Shared                                what thread 0 computes for its block
+//     prepare(args, piece) -> Shared
+//     run(args, piece, shared, thread)      one thread's elements
+//     finish(args, finished_last, thread)   after all of a block; finished_last says so of the last block
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "elements.cuh"
+#include "kernels.h"
+
+namespace fastsam {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastsam: CUDA could not ") + what + ": " + cudaGetErrorString(error));
+}
+
+#if defined(__CUDACC__)
+// Whether every other block of the launch has been here; what they wrote before can then be read. For all threads.
+__device__ __forceinline__ bool finished_last(int* counter, int blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(counter, 1) == blocks - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+#endif
+
+// Blocks that a multiprocessor is to hold at a time, which bounds the registers: 64 of a thread, or 80 where
+// gradients of several types or float64 need them.
+template <class W, class G>
+constexpr int kResidentBlocks = std::is_same_v<G, Mixed> || std::is_same_v<W, double> ? 3 : 4;
+
+template <class P, class W>
+__global__ void __launch_bounds__(kThreads, P::kBlocks) pass_kernel(const __grid_constant__ typename P::Args args) {
+  __shared__ typename P::Shared shared;
+  const Piece p = piece(args.table, reversed_chunk(blockIdx.x, gridDim.x), sizeof(W));
+  if (threadIdx.x == 0) shared = P::prepare(args, p);
+  __syncthreads();
+  P::run(args, p, typename P::Shared(shared), threadIdx.x);
+  if constexpr (P::kFinishes) {
+    if (finished_last(args.counter, gridDim.x)) P::finish(args, threadIdx.x);
+  }
+}
+
+template <class P, class W>
+void run_pass(const typename P::Args& args, Place place) {
+  const int n = args.table.n_chunks;
+  if (n == 0) return;
+  if (place.on_host) {
+    for (int block = 0; block < n; ++block) {
+      const Piece p = piece(args.table, reversed_chunk(block, n), sizeof(W));
+      const typename P::Shared shared = P::prepare(args, p);
+      for (int thread = 0; thread < kThreads; ++thread) P::run(args, p, shared, thread);
+    }
+    if constexpr (P::kFinishes)
+      for (int thread = 0; thread < kThreads; ++thread) P::finish(args, thread);
+    return;
+  }
+  check(cudaSetDevice(place.device), "select the device");
+  pass_kernel<P, W><<<n, kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(args);
+  check(cudaGetLastError(), "launch a kernel");
+}
+
+// f(W, G) for the types of a launch. float64 mixes with nothing else.
+template <class F> void with_types(Types types, F f) {
+  const auto with_weight = [&](auto w) {
+    if (types.mixed) f(w, Mixed{});
+    else f(w, w);
+  };
+  switch (types.weights) {
+    case kFloat64: return f(double{}, double{});
+    case kBfloat16: return with_weight(bf16{});
+    case kFloat16: return with_weight(f16{});
+    default: return with_weight(float{});
+  }
+}
+
+}  // namespace fastsam

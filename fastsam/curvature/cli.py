@@ -1,0 +1,188 @@
+"""``fastsam sharpness``: the curvature of a checkpoint on data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastsam.curvature.measure import Chunks, SpectralDensity, spectral_density, top_eigenpairs, trace
+from fastsam.curvature.passes import batch_size
+
+#: Where training scripts put the weights in their checkpoints.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
+
+# What a checkpoint, data, or names that cannot be used lead to.
+_UNUSABLE = (
+    OSError, ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, AttributeError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+def sharpness(
+    checkpoint: Annotated[Path, typer.Argument(help="What torch.save wrote: a state dict, or a dict with one in it.")],
+    model: Annotated[str, typer.Option(help="module:name of a function or class that builds the model.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .pt or .npz file with inputs and targets (a pair, or under these names), or module:name of a "
+            "function that returns batches (inputs, targets)."
+        ),
+    ],
+    loss: Annotated[
+        str, typer.Option(help="A function of torch.nn.functional, or module:name; of (outputs, targets), a mean.")
+    ] = "cross_entropy",
+    top: Annotated[int, typer.Option(min=1, help="Eigenvalues.")] = 1,
+    which: Annotated[str, typer.Option(help="largest, smallest, both or magnitude.")] = "largest",
+    products: Annotated[int, typer.Option(min=1, help="Hessian-vector products for them, at most.")] = 100,
+    tolerance: Annotated[float, typer.Option(help="Relative residual to stop at.")] = 1e-2,
+    probes: Annotated[int, typer.Option("--trace", min=0, help="Probes for the trace; 0 for no trace.")] = 0,
+    density: Annotated[Path | None, typer.Option(help="Draw the spectral density into this picture.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Samples at once, which bounds the memory.")] = 256,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda:0.")] = "cpu",
+    method: Annotated[str, typer.Option(help="auto, exact or finite-difference.")] = "auto",
+    train_mode: Annotated[bool, typer.Option("--train-mode", help="Measure in training mode, not eval mode.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the random start and probe vectors.")] = 0,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers into this file as well.")] = None,
+) -> None:
+    """Measure how sharp the loss is at a checkpoint: top Hessian eigenvalues, trace, spectral density.
+
+    Imports the module that builds the model, so it runs that module's code; the checkpoint and a .pt file are loaded as
+    plain tensors.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        network = _named(model)()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"--model {model} made a {type(network).__name__}, not a torch.nn.Module")
+        _load_weights(network, checkpoint)
+        network.to(device).train(train_mode)
+        batches = _batches(data, chunk, device)
+        criterion = _named(loss) if ":" in loss else _functional(loss)
+        settings = {"batches": batches, "method": method}
+
+        def loss_fn(batch) -> Tensor:
+            return criterion(network(batch[0]), batch[1])
+
+        def generator() -> torch.Generator:
+            return torch.Generator().manual_seed(seed)
+
+        pairs = top_eigenpairs(
+            loss_fn, network, top, which=which, products=products, tolerance=tolerance, generator=generator(),
+            **settings,
+        )  # fmt: skip
+        result: dict[str, Any] = {
+            "checkpoint": str(checkpoint),
+            "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+            "samples": sum(batch_size(batch) for batch in batches),
+            "eigenvalues": pairs.eigenvalues.tolist(),
+            "residuals": pairs.residuals.tolist(),
+            "products": pairs.products,
+            "converged": pairs.converged,
+        }
+        if probes:
+            estimate = trace(loss_fn, network, probes=probes, generator=generator(), **settings)
+            result["trace"] = {"value": estimate.value, "standard_error": estimate.standard_error, "probes": probes}
+        if density is not None:
+            _draw_density(spectral_density(loss_fn, network, generator=generator(), **settings), density)
+        if output is not None:
+            output.write_text(json.dumps(result, indent=1) + "\n")
+    except _UNUSABLE as error:
+        typer.echo(f"fastsam sharpness: {error}", err=True)
+        raise typer.Exit(1) from None
+    _print(result)
+
+
+app = typer.Typer()
+app.command()(sharpness)
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("eigenvalue", "relative residual", title=f"Sharpness of {result['checkpoint']}", title_justify="left")
+    for value, residual in zip(result["eigenvalues"], result["residuals"], strict=True):
+        table.add_row(f"{value:.4g}", f"{residual:.1e}")
+    console.print(table)
+    if "trace" in result:
+        console.print(
+            f"trace {result['trace']['value']:.4g} ± {result['trace']['standard_error']:.2g} (standard error)"
+        )
+    state = "converged" if result["converged"] else "not converged: try more --products"
+    console.print(
+        f"{result['parameters']:,} parameters, {result['samples']:,} samples, {result['products']} products, {state}",
+        highlight=False,
+    )
+
+
+def _named(name: str) -> Callable:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r} must be module:name, such as my_project.models:build")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _functional(name: str) -> Callable:
+    function = getattr(nn.functional, name, None)
+    if function is None:
+        raise ValueError(f"--loss {name!r} is no function of torch.nn.functional; for your own say module:name")
+    return function
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in _STATE_KEYS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict, neither itself nor under {', '.join(_STATE_KEYS)}")
+    # DistributedDataParallel and torch.compile prefix every name.
+    network.load_state_dict({k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()})
+
+
+def _batches(data: str, chunk: int, device: str) -> list:
+    """Batches (inputs, targets) of at most ``chunk`` samples, on the device."""
+    if ":" in data and not Path(data).exists():
+        pairs = list(_named(data)())
+    else:
+        pairs = [_pair(_load_data(Path(data)), data)]
+    chunks = [part for pair in pairs for part in Chunks(tuple(pair), chunk)]
+    return [tuple(x.to(device) for x in part) for part in chunks]
+
+
+def _load_data(path: Path):
+    if path.suffix == ".npz":
+        import numpy
+
+        with numpy.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _pair(content, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(content, dict) and {"inputs", "targets"} <= set(content):
+        return content["inputs"], content["targets"]
+    if isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(x, Tensor) for x in content):
+        return content[0], content[1]
+    raise ValueError(f"{name} must hold a pair of tensors, or tensors named inputs and targets")
+
+
+def _draw_density(result: SpectralDensity, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(result.grid, result.density.clamp_min(1e-7), color="black")
+    axes.set_ylim(bottom=1e-6)
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel("density")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,32 @@
+"""Optimizers inside a compiled training step.
+
+``torch.compile`` traces what it is given. A pass of an optimizer is a call into compiled kernels with addresses and
+a decision about what counts: nothing to trace. So every entry point breaks the graph before and after itself and runs
+as it is; what is compiled, the model, stays compiled.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ENTRY_POINTS = (
+    "first_step",
+    "second_step",
+    "restore",
+    "step",
+    "finish",
+    "accumulate",
+    "descend",
+    "zero_grad",
+    "perturbed",
+    "update_eigenvector",
+)
+
+
+def untraced(cls: type) -> type:
+    """Has torch.compile leave the entry points that ``cls`` itself defines alone."""
+    for name in _ENTRY_POINTS:
+        if name in cls.__dict__:
+            # What torch.optim's own entry points wear: unlike torch.compiler.disable it imports nothing until called.
+            setattr(cls, name, torch._disable_dynamo(cls.__dict__[name]))
+    return cls

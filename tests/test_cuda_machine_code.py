@@ -1,0 +1,168 @@
+"""The CUDA kernels as the GPU gets them: accesses of 16 bytes, no spills, registers for the occupancy intended.
+
+Read from the library that the build installed, on a machine without a GPU. Needs cuobjdump, which Triton's package
+carries.
+"""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fastsam.kernels import cuda
+
+if cuda._cuda is None:
+    pytest.skip(f"backend 'cuda': {cuda.unavailable()}", allow_module_level=True)
+
+ARCHITECTURES = [f"sm_{a // 10}" for a in cuda._cuda.architectures()]
+REGISTER_FILE = 65536  # registers of a multiprocessor, on every architecture so far
+
+# Accesses of 16 bytes in a kernel whose gradients have the weights' type: those of the full-chunk path, so the bytes
+# moved for each element, and those of the plain copies for steps that do not count.
+VECTORS = {
+    # loads: <g,g> alone two at a time and one for the rest; in general g, m, v, w
+    "gram": {"loads": 3 + 4, "stores": 0, "past the caches": 0},
+    # loads g, w, m, v and w; stores w, backup, m and backup
+    "climb": {"loads": 4 + 1, "stores": 1 + 1, "past the caches": 2},
+    # loads backup, g, momentum, and backup, m; stores w, momentum, and w, m
+    "sgd": {"loads": 3 + 2, "stores": 2 + 2, "past the caches": 0},
+    # loads backup, g, exp_avg, exp_avg_sq, and backup, m; stores w, exp_avg, exp_avg_sq, and w, m
+    "adam": {"loads": 4 + 2, "stores": 3 + 2, "past the caches": 0},
+    "restore": {"loads": 1, "stores": 1, "past the caches": 0},
+}
+PASSES = {"gram_kernel": "gram", "Climb": "climb", "SgdPass": "sgd", "AdamPass": "adam", "Restore": "restore"}
+WEIGHTS = {"f": "float", "d": "double", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+
+
+@functools.cache
+def cuobjdump(option):
+    places = []
+    if spec := importlib.util.find_spec("triton"):
+        places = [str(Path(spec.origin).parent / "backends/nvidia/bin")]
+    tool = next((t for p in [*places, None] if (t := shutil.which("cuobjdump", path=p))), None)
+    if tool is None:
+        pytest.skip("cuobjdump was not found: it comes with Triton and with the CUDA toolkit")
+    return subprocess.run([tool, option, cuda._cuda.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def kernel_of(mangled):
+    """(pass, type of the weights, whether gradients are of several types) of a mangled name; None for other code."""
+    found = next((p for p in PASSES if p in mangled), None)
+    if found is None:
+        return None
+    types = re.search(found + r"I(f|d|13__nv_bfloat16|6__half)(.*)", mangled)
+    return PASSES[found], WEIGHTS[types[1]], "Mixed" in types[2]
+
+
+@functools.cache
+def instructions():
+    """{(architecture, kernel): Counter of instructions with their modifiers}"""
+    kernels = {}
+    counts = None
+    for line in cuobjdump("-sass").splitlines():
+        if found := re.match(r"\s*arch = (sm_\d+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function : (\S+)", line):
+            name = kernel_of(found[1])
+            counts = kernels.setdefault((architecture, name), Counter()) if name else None
+        elif counts is not None and (found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", line)):
+            counts[found[1]] += 1
+    return kernels
+
+
+@functools.cache
+def resources():
+    """{(architecture, kernel): (registers, bytes of stack)}"""
+    kernels = {}
+    for line in cuobjdump("-res-usage").splitlines():
+        if found := re.match(r"\s*arch = (sm_\d+)", line):
+            architecture = found[1]
+        elif found := re.search(r"Function (\S+):", line):
+            name = kernel_of(found[1])
+        elif (found := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line)) and name:
+            kernels[architecture, name] = int(found[1]), int(found[2]) + int(found[3])
+    return kernels
+
+
+def of(architecture, which):
+    found = {name: value for (a, name), value in which().items() if a == architecture}
+    assert found, f"nothing was compiled for {architecture}"
+    return found.items()
+
+
+def accesses(counts, instruction, *modifiers):
+    return sum(
+        n for name, n in counts.items() if name.split(".")[0] == instruction and set(modifiers) <= set(name.split("."))
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_pass_is_compiled_for_every_type(architecture):
+    expected = {
+        (name, weights, mixed)
+        for name in ("gram", "climb", "sgd", "adam")
+        for weights in WEIGHTS.values()
+        for mixed in (False, True)
+        if not (mixed and weights == "double")
+    } | {("restore", weights, False) for weights in ("float", "double", "bfloat16")}  # by size alone
+    assert {name for name, _ in of(architecture, instructions)} == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_full_chunks_are_read_and_written_in_accesses_of_16_bytes(architecture):
+    """Each vector once: a load more or less is another number of bytes for each element."""
+    for (name, weights, mixed), counts in of(architecture, instructions):
+        stores = accesses(counts, "STG", "128")
+        past = accesses(counts, "STG", "128", "EF")
+        found = {"loads": accesses(counts, "LDG", "128"), "stores": stores - past, "past the caches": past}
+        if mixed:  # float32 gradients with halves take two, halves with float32 are accesses of 8 bytes
+            assert found["loads"] >= VECTORS[name]["loads"]
+            found["loads"] = VECTORS[name]["loads"]
+        assert found == VECTORS[name], (name, weights, mixed)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_elements_are_in_global_memory_alone(architecture):
+    """No local memory, which spills would be in, and no access whose kind of memory is found out at run time."""
+    for kernel, counts in of(architecture, instructions):
+        found = {name: counts for name in counts if name.split(".")[0] in ("LDL", "STL", "LD", "ST")}
+        assert not found, (kernel, found)
+    for kernel, (_, stack) in of(architecture, resources):
+        assert stack == 0, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_leave_room_for_enough_threads(architecture):
+    """Bytes under way: 1024 threads a multiprocessor with 16 bytes of each vector, 768 where vectors are more."""
+    for (name, weights, mixed), (registers, _) in of(architecture, resources):
+        fewer = mixed or weights == "double" or (name == "adam" and weights != "float")
+        threads = 768 if fewer else 1024
+        granted = -(-registers // 8) * 8
+        assert granted * threads <= REGISTER_FILE, (name, weights, mixed, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_are_formed_without_float_atomics(architecture):
+    for (name, *_), counts in of(architecture, instructions):
+        atomics = {i for i in counts if i.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG")}
+        assert not any(part.startswith(("F16", "F32", "F64", "BF16")) for i in atomics for part in i.split("."))
+        assert bool(atomics) == (name in ("gram", "adam"))  # the integer count of finished blocks
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_and_sums_are_not_contracted(architecture):
+    """The few that there are belong to divisions in double, one for each chunk, not to elements."""
+    for (name, weights, _), counts in of(architecture, instructions):
+        if name in ("climb", "sgd") and weights != "double":
+            assert accesses(counts, "FMUL") >= 4
+            assert accesses(counts, "FFMA") < 4, (name, weights)
+
+
+def test_the_newest_architecture_is_there_as_ptx_too():
+    kept = set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("-lptx")))
+    assert kept == {ARCHITECTURES[-1]}

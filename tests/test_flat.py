@@ -1,0 +1,56 @@
+"""What flattened parameters and a state changed by others must not confuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastsam import SAM, FriendlySAM, flatten_parameters
+
+
+def _model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+def _steps(model, optimizer, n, frozen=()):
+    torch.manual_seed(1)
+    for _ in range(n):
+        inputs = torch.randn(5, 4)
+        for step in (optimizer.first_step, optimizer.second_step):
+            model(inputs).square().mean().backward()
+            for p in frozen:
+                p.grad.zero_()
+                p.grad = None
+            step(zero_grad=True)
+
+
+def test_neighbours_in_a_flattened_model_keep_their_own_step_counts(backend):
+    expected, flat = _model(), _model()
+    flatten_parameters(flat)
+    for model in (expected, flat):
+        optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.01, backend=backend)
+        _steps(model, optimizer, 3, frozen=[model[0].bias])  # joins in three steps after its neighbours
+        _steps(model, optimizer, 3)
+        assert optimizer.state[model[0].bias]["step"] == 3
+        assert optimizer.state[model[0].weight]["step"] == 6
+    for p, q in zip(expected.parameters(), flat.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("method", [SAM, FriendlySAM])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_cleared_state_starts_again(backend, base, method, steps):
+    options = dict(lr=0.01, momentum=0.9, dampening=0.1) if base is torch.optim.SGD else dict(lr=0.01)
+    model = _model()
+    optimizer = method(model.parameters(), base, backend=backend, **options)
+    _steps(model, optimizer, steps)
+    optimizer.state.clear()
+    fresh = _model()
+    fresh.load_state_dict(model.state_dict())
+    of_fresh = method(fresh.parameters(), base, backend=backend, **options)
+    _steps(model, optimizer, 2)
+    _steps(fresh, of_fresh, 2)
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q)
