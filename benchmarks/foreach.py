@@ -15,18 +15,14 @@ class Foreach:
     λm + (1 - λ)g = (λ + (1 - λ)σ) m + (1 - λ) d.
     """
 
-    def __init__(
-        self, method: str, base: str, parameters: list[torch.Tensor], eigenvector, **flags: bool
-    ) -> None:
+    def __init__(self, method: str, base: str, parameters: list[torch.Tensor], eigenvector, **flags: bool) -> None:
         base_class, options = BASES[base]
         self.base_optimizer = base_class(parameters, **options, **flags)
         self.parameters = parameters
         self.backup = [torch.empty_like(p) for p in parameters]
         self.eigenvector = eigenvector
         self.momentum: list[torch.Tensor] | None = None
-        self.climb = {"sam": self._climb_sam, "fsam": self._climb_fsam, "eigensam": self._climb_eigensam}[
-            method
-        ]
+        self.climb = {"sam": self._climb_sam, "fsam": self._climb_fsam, "eigensam": self._climb_eigensam}[method]
 
     @torch.no_grad()
     def first_step(self) -> None:

@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     names = [name for name in options.rivals if not (options.no_compile and name == "compiled")]
     cells = list(itertools.product(options.sets, options.bases, options.methods))
     result: dict[str, Any] = {"machine": machine(options.threads), "settings": _settings(options)}
-    result["cells"] = []
+    earlier = json.loads(options.output.read_text()) if options.append else {"cells": [], "host": []}
+    measured_now = {(c[0], c[1], c[2]) for c in cells}
+    result["cells"] = [c for c in earlier["cells"] if (c["set"], c["base"], c["method"]) not in measured_now]
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
@@ -78,7 +80,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 _write(result, options.output)
             del cell
             gc.collect()  # the largest sets would not fit twice
-        result["host"] = host_time(options.bases, options.methods) if "fastsam" in names else []
+        host = host_time(options.bases, options.methods) if "fastsam" in names else []
+        again = {(h["base"], h["method"]) for h in host}
+        result["host"] = [h for h in earlier["host"] if (h["base"], h["method"]) not in again] + host
     print_tables(result, console)
     if options.output:
         _write(result, options.output)
@@ -89,9 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 class Cell:
     """The measurement of one parameter set, base optimizer and method."""
 
-    def __init__(
-        self, shapes: ParameterSet, base: str, method: str, names: list[str], threads: int, limit: float
-    ):
+    def __init__(self, shapes: ParameterSet, base: str, method: str, names: list[str], threads: int, limit: float):
         self.shapes, self.base, self.method, self.limit = shapes, base, method, limit
         self.gradients = GradientSequence(shapes)
         self.notes: dict[str, str] = {}
@@ -266,31 +268,26 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.optimizer_step", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizer_step", description=__doc__.split("\n")[0])
 
     def choice(flag: str, known: list[str], text: str) -> None:
-        parser.add_argument(
-            flag, nargs="+", choices=known, default=known, metavar="NAME", help=f"{text}: {known}"
-        )
+        parser.add_argument(flag, nargs="+", choices=known, default=known, metavar="NAME", help=f"{text}: {known}")
 
     choice("--sets", set_names(), "parameter sets")
     choice("--methods", list(settings.METHODS), "methods")
     choice("--bases", list(settings.BASES), "base optimizers")
     choice("--rivals", rivals.implementation_names(), "implementations")
-    parser.add_argument(
-        "--repeats", type=int, default=15, help="rounds over all implementations (default 15)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)"
-    )
+    parser.add_argument("--repeats", type=int, default=15, help="rounds over all implementations (default 15)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default: torch's)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument(
-        "--compile-limit", type=float, default=300, help="seconds to compile one method (default 300)"
+        "--append", action="store_true", help="keep the cells that --output has from earlier runs on this machine"
     )
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--compile-limit", type=float, default=300, help="seconds to compile one method (default 300)")
     options = parser.parse_args(arguments)
+    if options.append and not (options.output and options.output.exists()):
+        parser.error("--append needs an --output file that exists")
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     return options

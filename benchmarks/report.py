@@ -39,9 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("result", type=Path, help="JSON file written by benchmarks.optimizer_step")
     parser.add_argument("--readme", type=Path, help="file whose benchmark block is to be rewritten")
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit 1 if the block is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
     options = parser.parse_args(arguments)
     result = json.loads(options.result.read_text())
     if options.readme is None:
@@ -133,9 +131,7 @@ def _cell_table(cell: dict[str, Any]) -> Table:
     implementations, floor = cell["implementations"], cell["floor"]
     caption = [f"{cell['tensors']} tensors, {_millions(cell['parameters'])} parameters; times in ms"]
     if floor:
-        caption.append(
-            f"floor: {cell['bytes_per_parameter']} bytes a parameter at the speed of {floor['source']}"
-        )
+        caption.append(f"floor: {cell['bytes_per_parameter']} bytes a parameter at the speed of {floor['source']}")
     caption += [f"{name}: {i['note']}" for name, i in implementations.items() if i["ms"] is None]
     compile_times = {name: i["compile_s"] for name, i in implementations.items() if i.get("compile_s")}
     caption += [f"{name}: compiled in {seconds:.0f} s" for name, seconds in compile_times.items()]

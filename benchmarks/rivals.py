@@ -61,9 +61,7 @@ def implementation_names() -> list[str]:
     return list(_BUILDERS)
 
 
-def build(
-    name: str, method: str, base: str, parameter_set: Any, weights: Weights, eigenvector: Weights
-) -> Runner:
+def build(name: str, method: str, base: str, parameter_set: Any, weights: Weights, eigenvector: Weights) -> Runner:
     """``name``'s optimizer of ``method`` over ``base`` on a copy of ``weights``.
 
     Raises ``NotOffered`` where the implementation lacks the method, ``ValueError`` for an unknown name.

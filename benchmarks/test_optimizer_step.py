@@ -34,6 +34,4 @@ def test_step(benchmark, set_name, method, name):
         runner.optimizer.second_step()
 
     benchmark.group = f"{set_name} {method}"
-    benchmark.pedantic(
-        step, setup=lambda: runner.load_gradients(gradients.next()), rounds=10, warmup_rounds=3
-    )
+    benchmark.pedantic(step, setup=lambda: runner.load_gradients(gradients.next()), rounds=10, warmup_rounds=3)

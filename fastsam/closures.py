@@ -11,33 +11,20 @@ Every one of them is a transaction: whatever exception leaves it, weights, state
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastsam.amp import refuse_unscaled
-from fastsam.flat import _flat_gradients, clear_gradients
+from fastsam.flat import clear_gradients, flat_gradients
 from fastsam.interrupts import uninterrupted
 from fastsam.model_state import TwoPasses
+from fastsam.passes import Accumulated, Passes
 
 
-class Accumulated:
-    """What micro-batches leave behind until ``descend``, besides the gradients themselves.
-
-    ``met`` are the Gram sums of every first pass, added up: not finite if one of them was not. ``averages`` says, for
-    each space, which parameters F-SAM's average in progress has met.
-    """
-
-    def __init__(self, spaces: Sequence, scaler: GradScaler | None) -> None:
-        self.spaces = spaces
-        self.scaler = scaler
-        self.met: Tensor | None = None
-        self.averages: dict[int, list[bool]] = {}
-
-
-class ClosureSteps(torch.optim.Optimizer):
+class ClosureSteps(Passes):
     """The steps of :class:`~fastsam.optimizer.SharpnessAware` that evaluate a closure."""
 
     def step(
@@ -217,7 +204,7 @@ class SetAside:
 
     def __enter__(self) -> SetAside:
         # Flattened gradients are zeroed where they are: their values need a copy.
-        self._kept = [p.grad.clone() if p.grad is not None and p in _flat_gradients else p.grad for p in self._params]
+        self._kept = [p.grad.clone() if p.grad is not None and p in flat_gradients else p.grad for p in self._params]
         clear_gradients(self._params, set_to_none=True)
         return self
 
@@ -236,7 +223,7 @@ class SetAside:
             return
         clear_gradients(self._params, set_to_none=True)
         for p, gradient in zip(self._params, self._kept, strict=True):
-            if gradient is not None and p in _flat_gradients:
+            if gradient is not None and p in flat_gradients:
                 p.grad.copy_(gradient)
             else:
                 p.grad = gradient

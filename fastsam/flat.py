@@ -148,12 +148,15 @@ class FlatSpace:
             self.gradients, self.gradient_addresses = found
             self.gradient_dtypes = self._dtypes
             return
-        gradients = [p.grad for p in self.params]
-        self.gradients = gradients = [
+        self.use_gradients([p.grad for p in self.params])
+
+    def use_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes these tensors for the gradients of a pass, after the checks of :meth:`collect_gradients`."""
+        self.gradients = [
             None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)
         ]
-        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
-        self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in gradients]
+        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in self.gradients]
+        self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in self.gradients]
 
 
 def flatten_parameters(model: torch.nn.Module) -> None:
@@ -185,18 +188,18 @@ def flatten_parameters(model: torch.nn.Module) -> None:
                 gradient.copy_(p.grad)
             p.data = weight
             p.grad = gradient
-            _flat_gradients[p] = (gradients, gradient)
+            flat_gradients[p] = (gradients, gradient)
             offset += p.numel()
 
 
-_flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
+flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
 
 
 def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
     """``zero_grad``, except that gradients flattened by :func:`flatten_parameters` stay where they are."""
     buffers = {}
     for p in params:
-        home = _flat_gradients.get(p) if _flat_gradients else None
+        home = flat_gradients.get(p) if flat_gradients else None
         if home is not None and home[1].dtype == p.dtype and home[1].device == p.device:
             whole, view = home
             buffers[id(whole)] = whole
@@ -272,9 +275,10 @@ def _matching_gradient(p: Tensor, g: Tensor) -> Tensor:
         )
     if _same_order(p, g.stride()):
         return g
-    # A copy of its own, so that whoever reads p.grad next (clipping, say) sees what the kernels see.
-    p.grad = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype, device=g.device).copy_(g)
-    return p.grad
+    matching = torch.empty_strided(p.shape, p.stride(), dtype=g.dtype, device=g.device).copy_(g)
+    if p.grad is g:
+        p.grad = matching  # so that whoever reads it next (clipping, say) sees what the kernels see
+    return matching
 
 
 def _storage_order(params: Sequence[Tensor]) -> list[int]:

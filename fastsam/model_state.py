@@ -108,6 +108,6 @@ def guard(model: nn.Module, optimizer: torch.optim.Optimizer):
 
 
 def _generators(model: nn.Module):
-    from fastsam.curvature.frozen import _Generators  # here, because fastsam.curvature builds on the optimizer
+    from fastsam.curvature.frozen import Generators  # here, because fastsam.curvature builds on the optimizer
 
-    return _Generators({p.device for p in model.parameters()})
+    return Generators({p.device for p in model.parameters()})

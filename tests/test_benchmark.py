@@ -74,9 +74,7 @@ def test_every_implementation_takes_the_same_steps(method, base):
     expected = set(EAGER) - set(cell.notes)
     assert {"fastsam", "fastsam-flat", "authors", "foreach"} <= expected
     assert set(cell.runners) == expected
-    flat = [
-        torch.cat([p.detach().reshape(-1) for p in runner.parameters]) for runner in cell.runners.values()
-    ]
+    flat = [torch.cat([p.detach().reshape(-1) for p in runner.parameters]) for runner in cell.runners.values()]
     for other in flat[1:]:
         torch.testing.assert_close(other, flat[0], rtol=1e-5, atol=1e-7)
 
@@ -132,9 +130,7 @@ def test_the_command_writes_a_result_that_the_report_reads(tmp_path, monkeypatch
     monkeypatch.setattr("benchmarks.optimizer_step.SMALL_SET", 1)
     threads, output = torch.get_num_threads(), tmp_path / "result.json"
     try:
-        command = (
-            "--sets resnet18 --methods fsam --bases sgd --rivals fastsam authors --repeats 2 --threads 1"
-        )
+        command = "--sets resnet18 --methods fsam --bases sgd --rivals fastsam authors --repeats 2 --threads 1"
         main([*command.split(), "--output", str(output)])
     finally:
         torch.set_num_threads(threads)
@@ -198,9 +194,7 @@ def test_readme_block_is_replaced_and_nothing_else(tmp_path):
     assert "old" in readme.read_text()
     assert report.main(arguments) == 0
     text = readme.read_text()
-    assert (
-        text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "412 ms" in text
-    )
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "412 ms" in text
     assert report.main([*arguments, "--check"]) == 0
     other = copy.deepcopy(RESULT)
     other["cells"][0]["implementations"]["authors"]["ms"] = 99.0

@@ -62,9 +62,7 @@ def test_demo_refuses_a_seed_count_below_one():
 
 def test_demo_without_its_packages_says_what_to_install(monkeypatch, tmp_path):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "sklearn" else find_spec(n, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "sklearn" else find_spec(n, *a))
     result = invoke("demo", "--output", str(tmp_path / "never"))
     assert result.exit_code == 1
     assert "scikit-learn" in result.output

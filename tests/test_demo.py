@@ -92,9 +92,7 @@ def test_table_shows_mean_and_spread_over_seeds():
         for accuracy in (0.90, 0.94)
     ]
     results = {"settings": {"models": {"ViT": {}}, "methods": {"SGD": {}}}, "runs": runs}
-    assert report.rows(results) == [
-        ("ViT", "SGD", "92.0 ± 2.8", "10.0 ± 0.0", "500.0 ± 0.0", "1.0", "6.0", "25.0")
-    ]
+    assert report.rows(results) == [("ViT", "SGD", "92.0 ± 2.8", "10.0 ± 0.0", "500.0 ± 0.0", "1.0", "6.0", "25.0")]
 
 
 def test_terminal_table_shows_every_value_in_80_columns(quick):
@@ -114,9 +112,9 @@ def test_without_a_terminal_every_finished_run_prints_one_line(tmp_path, capsys,
     demo.run(tmp_path, epochs=1, quick=True)
     printed = capsys.readouterr().out
     assert "\x1b[" not in printed
-    assert [
-        sum(f"{method:10s} seed 0:" in line for line in printed.splitlines()) for method in settings.METHODS
-    ] == [1] * len(settings.METHODS)
+    assert [sum(f"{method:10s} seed 0:" in line for line in printed.splitlines()) for method in settings.METHODS] == [
+        1
+    ] * len(settings.METHODS)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -175,9 +173,7 @@ def test_optimizers_are_fastsams_with_the_settings_of_the_table(method, kind):
     assert type(optimizer) is kind
     group = optimizer.param_groups[0]
     expected = {"lr": chosen.lr, "momentum": chosen.momentum, "weight_decay": chosen.weight_decay}
-    expected |= (
-        settings.METHODS[method] if method == "SGD" else {"rho": chosen.rho, **settings.METHODS[method]}
-    )
+    expected |= settings.METHODS[method] if method == "SGD" else {"rho": chosen.rho, **settings.METHODS[method]}
     assert {key: group[key] for key in expected} == expected
 
 

@@ -73,12 +73,8 @@ class Project:
         self.write("fastsam/__init__.py", "")
         self.write("csrc/cpu/bindings.cpp", BINDINGS)
         self.write("csrc/cpu/shared.h", SHARED)
-        self.write(
-            "csrc/cpu/kernels_avx2.cpp", '#include "shared.h"\nint avx2_file() { return COMPILED_FOR; }\n'
-        )
-        self.write(
-            "csrc/cpu/kernels_avx512.cpp", "#include <immintrin.h>\nint avx512_file() { return 512; }\n"
-        )
+        self.write("csrc/cpu/kernels_avx2.cpp", '#include "shared.h"\nint avx2_file() { return COMPILED_FOR; }\n')
+        self.write("csrc/cpu/kernels_avx512.cpp", "#include <immintrin.h>\nint avx512_file() { return 512; }\n")
 
     def write(self, path: str, text: str) -> Path:
         target = self.folder / path
@@ -150,9 +146,7 @@ def test_a_compile_error_is_shown_and_recorded(project):
     run = project.build()
     assert run.returncode == 0
     assert "return undeclared_name" in run.stdout, "the compiler's own output is missing"
-    assert project.recorded()["cpu"].startswith(
-        "not built: the compiler failed: csrc/cpu/kernels_avx2.cpp:1:"
-    )
+    assert project.recorded()["cpu"].startswith("not built: the compiler failed: csrc/cpu/kernels_avx2.cpp:1:")
     assert project.libraries() == []
 
 
@@ -250,14 +244,10 @@ def test_no_function_is_compiled_for_two_instruction_sets():
     for machine in {path.parent for path in objects}:
         owners: dict[str, set[str]] = {}
         for path in (p for p in objects if p.parent == machine):
-            listing = subprocess.run(
-                ["nm", "--defined-only", path], capture_output=True, text=True, check=True
-            )
+            listing = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True)
             for symbol in re.findall(r"^\w+ [WVu] (\w+)$", listing.stdout, re.MULTILINE):
                 owners.setdefault(symbol, set()).add(path.stem)
-        shared = {
-            s: files for s, files in owners.items() if len(files) > 1 and any("_avx" in f for f in files)
-        }
+        shared = {s: files for s, files in owners.items() if len(files) > 1 and any("_avx" in f for f in files)}
         assert shared == {}
 
 
@@ -280,16 +270,12 @@ def test_what_is_pinned_is_declared_and_torch_is_not_needed_to_build():
         assert all(requirement.specifier.contains(pinned) for requirement in declared[name])
     needed = {Requirement(line).name for line in pyproject["build-system"]["requires"]}
     assert needed == {"setuptools", "pybind11", "ninja"}
-    assert needed <= set(declared), (
-        "`make` builds without isolation: the dev extra must bring what the build needs"
-    )
+    assert needed <= set(declared), "`make` builds without isolation: the dev extra must bring what the build needs"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_test_installs_torch_first_and_runs_every_check(project):
-    run = subprocess.run(
-        ["make", "-n", "test"], cwd=project.folder, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run(["make", "-n", "test"], cwd=project.folder, capture_output=True, text=True, check=True)
     order = [
         "-m venv",
         "--no-deps",

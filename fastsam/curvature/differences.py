@@ -101,7 +101,7 @@ class Differences:
             with torch.no_grad(), uninterrupted():
                 for space in self._spaces:
                     # The kernels climb along the gradient; here v stands in its place.
-                    _set_gradients(space, [self._direction(v, p, space) for p in space.params])
+                    space.use_gradients([self._direction(v, p, space) for p in space.params])
                     space.climbed = [False] * len(space.params)
                     space.kernels.climb(space, ascent, space.kernels.gram(space, ascent))
             torch.clear_autocast_cache()  # casts of the weights at the point before
@@ -111,7 +111,7 @@ class Differences:
                 for space in self._spaces:
                     space.kernels.restore(space)
                     space.climbed = [False] * len(space.params)
-                    _set_gradients(space, [None] * len(space.params))
+                    space.use_gradients([None] * len(space.params))
             torch.clear_autocast_cache()
 
     def _direction(self, v, p: Tensor, space: FlatSpace) -> Tensor | None:
@@ -152,9 +152,3 @@ def _spaces(params: list[Tensor]) -> list[FlatSpace]:
     for space in spaces:
         space.kernels = kernels.choose("auto", space.device, space.dtype)
     return spaces
-
-
-def _set_gradients(space: FlatSpace, gradients: list[Tensor | None]) -> None:
-    space.gradients = gradients
-    space.gradient_addresses = [0 if g is None else g.data_ptr() for g in gradients]
-    space.gradient_dtypes = [space.dtype if g is None else g.dtype for g in gradients]

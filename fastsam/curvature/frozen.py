@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fastsam.flat import _flat_gradients
+from fastsam.flat import flat_gradients
 
 
 class Frozen:
@@ -39,7 +39,7 @@ class Frozen:
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._hook = None
         self._devices = {p.device for p in self._params}
-        self._generators = _Generators(self._devices)
+        self._generators = Generators(self._devices)
         for p in self._params:
             self._set_aside(p)
         if self.model is not None:
@@ -102,7 +102,7 @@ class Frozen:
         gradient, value = p.grad, None
         # A gradient in one buffer with others is zeroed where it is by zero_grad(): its values need a copy. All of
         # them zero, as in step(closure), is remembered as one number.
-        if gradient is not None and p in _flat_gradients:
+        if gradient is not None and p in flat_gradients:
             value = gradient.clone() if bool(gradient.any()) else torch.zeros((), device=p.device, dtype=p.dtype)
         self._gradients[id(p)] = (p, gradient, value)
         p.grad = None
@@ -115,7 +115,7 @@ class Frozen:
                     self.autocast_dtype = dtype
 
 
-class _Generators:
+class Generators:
     """The state of the global random generators: torch's on the CPU and on ``devices``, NumPy's and Python's."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:

@@ -55,8 +55,7 @@ def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
     start = perf_counter()
     with _progress(console) as progress:
         tasks = [
-            progress.add_task(f"{model:7s}{method:10s}", total=seeds * models[model].epochs)
-            for model, method in bars
+            progress.add_task(f"{model:7s}{method:10s}", total=seeds * models[model].epochs) for model, method in bars
         ]
         runs = []
         for done in _here(jobs, progress, tasks) if workers == 1 else _spread(jobs, workers, progress, tasks):
@@ -71,9 +70,7 @@ def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
     runs.sort(key=lambda r: order.index((bars.index((r.model, r.method)), r.seed)))
     return {
         "settings": {
-            "models": {
-                name: {**asdict(model), "build": model.build.__name__} for name, model in models.items()
-            },
+            "models": {name: {**asdict(model), "build": model.build.__name__} for name, model in models.items()},
             "methods": methods,
             "data": asdict(data),
             "sharpness_rho": settings.SHARPNESS_RHO,

@@ -74,9 +74,7 @@ def print_table(results: dict, console: Console) -> None:
     table = Table(title="Digits: accuracy, sharpness, time", box=box.SIMPLE_HEAD, padding=0)
     for i, header in enumerate(HEADERS):
         # Values stay on one line; headers wrap, so that the table fits 80 columns.
-        table.add_column(
-            header, justify="left" if i < 2 else "right", min_width=max(len(row[i]) for row in body)
-        )
+        table.add_column(header, justify="left" if i < 2 else "right", min_width=max(len(row[i]) for row in body))
     for row, following in zip(body, [*body[1:], body[-1]], strict=True):
         table.add_row(*row, end_section=following[0] != row[0])
     console.print(table)
@@ -102,9 +100,7 @@ def draw(results: dict, path: Path) -> None:
             runs = _select(results, model, method)
             _curve(loss_axes, [run["train_loss"] for run in runs], method)
             _curve(accuracy_axes, [run["test_accuracy"] for run in runs], method)
-        loss_axes.set(
-            title=f"{model}: training loss", ylabel="cross-entropy, nats (noisy labels)", ylim=(0, None)
-        )
+        loss_axes.set(title=f"{model}: training loss", ylabel="cross-entropy, nats (noisy labels)", ylim=(0, None))
         accuracy_axes.set(title=f"{model}: test accuracy", ylabel="test images right")
         accuracy_axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         highest = max(max(run["test_accuracy"]) for run in results["runs"])
@@ -159,11 +155,7 @@ def _row(model: str, method: str, runs: list[dict]) -> tuple[str, ...]:
 
 
 def _pairs(results: dict) -> list[tuple[str, str]]:
-    return [
-        (model, method)
-        for model in results["settings"]["models"]
-        for method in results["settings"]["methods"]
-    ]
+    return [(model, method) for model in results["settings"]["models"] for method in results["settings"]["methods"]]
 
 
 def _select(results: dict, model: str, method: str) -> list[dict]:

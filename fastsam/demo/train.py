@@ -100,9 +100,7 @@ def batch_norm_statistics_frozen(model: nn.Module) -> Iterator[None]:
     The second pass sees the perturbed weights; counting it would mix their activations into the statistics
     that the unperturbed weights are evaluated with.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -112,9 +110,7 @@ def batch_norm_statistics_frozen(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, run: Run
-) -> float:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, run: Run) -> float:
     """One step of training, timed; returns the loss at the unperturbed weights."""
     model.train()
 

@@ -1,0 +1,237 @@
+"""The two passes of a step underneath the optimizer's public face.
+
+Every method here leaves weights and state as they were if it raises, and lets nothing but whole steps into the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from fastsam.amp import record_step, unscaling_factor
+from fastsam.checks import at_least
+from fastsam.descent import fused_rule
+from fastsam.flat import FlatSpace, clear_gradients
+from fastsam.interrupts import uninterrupted
+from fastsam.kernels import Ascent, Descent
+from fastsam.kernels.torch import clipped
+from fastsam.spaces import Spaces, total
+
+_UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
+
+
+class Accumulated:
+    """What micro-batches leave behind until ``descend``, besides the gradients themselves.
+
+    ``met`` are the Gram sums of every first pass, added up: not finite if one of them was not. ``averages`` says, for
+    each space, which parameters F-SAM's average in progress has met.
+    """
+
+    def __init__(self, spaces: Spaces, scaler: GradScaler | None) -> None:
+        self.spaces = list(spaces)
+        self.scaler = scaler
+        self.met: Tensor | None = None
+        self.averages: dict[int, list[bool]] = {}
+
+
+class Passes(torch.optim.Optimizer):
+    """Climb and descend over every flat space; :class:`~fastsam.optimizer.SharpnessAware` says when."""
+
+    @torch.no_grad()
+    def _climb(self, grad_scaler: GradScaler | None, accumulated: Accumulated | None = None) -> None:
+        groups = self._method_groups()
+        for group in groups:
+            self.check_group(group)
+        self._spaces.refresh(self.param_groups, self.state)
+        if accumulated is not None and accumulated.spaces != list(self._spaces):
+            raise RuntimeError("parameters changed between two accumulate() of a step: call zero_grad() to start again")
+        self._spaces.collect_gradients()
+        for space in self._spaces:
+            space.climbed = [False] * len(space.params)
+        climbing = [space for space in self._spaces if space.perturbed]
+        factor = unscaling_factor(grad_scaler, self)
+        ascents = [self._ascent(space, groups, factor, accumulated) for space in climbing]
+        sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
+        with self._or_restored(), uninterrupted():
+            self._perturbed = True
+            self._first_scaler = grad_scaler
+            self._sums = sums
+            for space, ascent in zip(climbing, ascents, strict=True):
+                space.kernels.climb(space, ascent, sums.to(space.device))
+        self._spaces.release_gradients()
+
+    @torch.no_grad()
+    def _update(self, accumulated: Accumulated | None, options: dict) -> None:
+        """The second half of a step: after a climb, or with the gradients of ``accumulated`` micro-batches."""
+        grad_scaler, clipping = options.pop("grad_scaler", None), {"max_norm": None, "clip_value": None, **options}
+        check_clipping(**clipping)
+        expected, first = (
+            (self._first_scaler, self._sums) if accumulated is None else (accumulated.scaler, accumulated.met)
+        )
+        with self._or_restored(), uninterrupted():
+            if grad_scaler is not expected:
+                raise RuntimeError("give the same grad_scaler to both passes: to first_step() and second_step()")
+            if accumulated is not None and accumulated.spaces != list(self._spaces):
+                raise RuntimeError("parameters changed since accumulate(closure): call zero_grad() to start again")
+            factor = unscaling_factor(grad_scaler, self)
+            self._spaces.find_states(self.state)
+            self._spaces.follow()
+            self._spaces.collect_gradients()
+            guard = Ascent(self._method_groups(), grad_scale=factor)
+            sums = total([space.kernels.gram(space, guard) for space in self._spaces])
+            self._sums = torch.add(sums, first.to(sums.device), alpha=0)  # 0 * inf is NaN: every pass counts
+            options = dict(grad_scale=factor, **clipping)
+            rule = fused_rule(self.base_optimizer)
+            if rule is None:
+                committed = self._restore_then_base_step(options)
+            else:
+                committed = not self._spaces.decide_on_host or self._finite()
+                for space in self._spaces:
+                    self._descend(space, rule, options, accumulated, committed)
+            if grad_scaler is not None:
+                record_step(grad_scaler, self, self.found_inf)
+            if self.uses_ema and committed:
+                self._spaces.find_states(self.state)  # the base optimizer's own step may have added some
+                self._keep_averages(accumulated)
+            self._perturbed = False
+            self._accumulated = None
+        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
+        self._spaces.release_gradients()
+
+    @torch.no_grad()
+    def _keep_micro_batch(self, so_far: Accumulated | None, scaler: GradScaler | None) -> None:
+        """Puts the weights back after a micro-batch; its sums and averages wait for ``descend``."""
+        kept = Accumulated(self._spaces, scaler)
+        kept.met = self._sums if so_far is None else so_far.met + self._sums
+        for i, space in enumerate(self._spaces):
+            if self.uses_ema and space.perturbed:
+                before = "momentum" if so_far is None else "momentum_accumulated"
+                started = self._averaged(space) if so_far is None else so_far.averages[i]
+                kept.averages[i] = _carry_over(space, before, started)
+                space.buffer("momentum_accumulated")
+                space.swap("momentum_next", "momentum_accumulated")
+        self.restore()
+        for space in self._spaces:
+            space.climbed = [False] * len(space.params)
+        self._accumulated = kept
+
+    def _ascent(self, space: FlatSpace, groups: list[dict], grad_scale, accumulated: Accumulated | None) -> Ascent:
+        ascent = Ascent(groups, self.coefficients, weighted=self.weighted_norm, grad_scale=grad_scale)
+        if self.uses_ema:
+            ascent.ema_started = space.adopt("momentum", space.buffer("momentum"))
+            ascent.ema = space.buffer("momentum").flat
+            if accumulated is not None:
+                ascent.ema_started = accumulated.averages[accumulated.spaces.index(space)]
+                ascent.ema = space.buffer("momentum_accumulated").flat
+            ascent.ema_next = space.buffer("momentum_next").flat
+        if self.uses_eigenvector and any(space.adopt("eigenvector", space.buffer("eigenvector"))):
+            ascent.vector = space.buffer("eigenvector").flat
+        return ascent
+
+    def _finite(self) -> bool:
+        """Whether the step counts: waits for the sums."""
+        return all(map(math.isfinite, self._sums.tolist()))
+
+    def _descend(self, space: FlatSpace, rule, options: dict, accumulated: Accumulated | None, committed: bool) -> None:
+        """The fused update of one space. ``committed``: the step counts, as far as the host knows without waiting.
+
+        Where a device decides, its kernels leave every buffer as it was if the sums are not finite.
+        """
+        buffers = {
+            name: space.step_counts() if name == "step" else space.buffer(name)
+            for name in rule.state_names(self.param_groups)
+        }
+        started = [True] * len(space.params)
+        for name, buffer in buffers.items():
+            started = space.adopt(name, buffer)
+        descent = Descent(rule.groups(self.param_groups), {k: b.flat for k, b in buffers.items()}, started, **options)
+        if self.uses_ema and space.perturbed:
+            latest = "momentum_next" if accumulated is None else "momentum_accumulated"
+            descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer(latest).flat
+        getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
+        if committed and not all(started):
+            updated = [g is not None for g in space.gradients]
+            for name, buffer in buffers.items():
+                self._spaces.publish(space, self.state, name, buffer, updated)
+
+    def _restore_then_base_step(self, options: dict) -> bool:
+        """The update of a base optimizer without a fused descend; whether the step counts."""
+        for space in self._spaces:
+            space.kernels.restore(space)
+        if not self._finite():  # a base optimizer cannot decide on the device
+            return False
+        descent = Descent(self.param_groups, {}, (), **options)
+        for space in self._spaces:
+            for g in space.gradients:
+                if g is not None and options != _UNTOUCHED:
+                    g.copy_(clipped(g * descent.grad_scale, descent, self._sums))
+        with self._own_state_hidden():
+            self.base_optimizer.step()
+        return True
+
+    @contextlib.contextmanager
+    def _own_state_hidden(self) -> Iterator[None]:
+        """Optimizers take a parameter whose state is not empty for one they have met."""
+        hidden = []
+        for p, state in self.state.items():
+            for name in ("momentum", "eigenvector"):
+                if name in state and (name == "eigenvector" or self.uses_ema):
+                    hidden.append((p, name, state.pop(name)))
+        try:
+            yield
+        finally:
+            for p, name, value in hidden:
+                self.state[p][name] = value
+
+    def _averaged(self, space: FlatSpace) -> list[bool]:
+        """Which parameters F-SAM's average has met."""
+        return [entry is not None and "momentum" in entry for entry in space.states]
+
+    def _keep_averages(self, accumulated: Accumulated | None) -> None:
+        """The averages written by climb become the state."""
+        for i, space in enumerate(self._spaces):
+            if not space.perturbed:
+                continue
+            if accumulated is None:
+                kept = space.climbed
+                if not all(kept):
+                    kept = _carry_over(space, "momentum", self._averaged(space))
+            else:
+                space.swap("momentum_accumulated", "momentum_next")
+                kept = accumulated.averages[i]
+            self._spaces.publish(space, self.state, "momentum", space.buffer("momentum_next"), kept)
+            space.swap("momentum", "momentum_next")
+
+    def _clear_gradients(self, set_to_none: bool = True) -> None:
+        clear_gradients(self._every_parameter(), set_to_none)
+
+    @contextlib.contextmanager
+    def _or_restored(self) -> Iterator[None]:
+        """Whatever exception leaves the block, the weights are back before it goes on."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+def _carry_over(space: FlatSpace, before: str, started: list[bool]) -> list[bool]:
+    """Parameters without a gradient in this pass keep the average they had; says which have one now."""
+    old, new = space.buffer(before), space.buffer("momentum_next")
+    for i, (had, climbed) in enumerate(zip(started, space.climbed, strict=True)):
+        if had and not climbed:
+            new.views[i].copy_(old.views[i])
+    return [had or climbed for had, climbed in zip(started, space.climbed, strict=True)]
+
+
+def check_clipping(max_norm: float | None, clip_value: float | None) -> None:
+    if max_norm is not None and clip_value is not None:
+        raise ValueError(f"max_norm={max_norm!r} and clip_value={clip_value!r}: clip by one of them")
+    for name, value in (("max_norm", max_norm), ("clip_value", clip_value)):
+        if value is not None:
+            at_least(0, name, value)
