@@ -11,6 +11,7 @@ Every one of them is a transaction: whatever exception leaves it, weights, state
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -53,8 +54,10 @@ class ClosureSteps(Passes):
             raise RuntimeError(
                 "step(closure) found gradients that it did not compute: it evaluates the closure for both passes. "
                 "If loss.backward() was called just before, write optimizer.finish(closure) instead of "
-                "optimizer.step(closure); otherwise call optimizer.zero_grad() first"
+                "optimizer.step(closure); otherwise call optimizer.zero_grad() first. Where a framework accumulates or "
+                "clips gradients, use fastsam.integrations"
             )
+        _refuse_lost_micro_batches()
         self.zero_grad()
         passes = None if model is None else TwoPasses(model, shared_masks)
         with self._own_gradients():
@@ -234,6 +237,21 @@ def _check_closure(closure, method: str) -> None:
         raise TypeError(
             f"{method}() needs a closure that does a full forward and backward pass and returns the loss; "
             "in a manual loop call first_step() and second_step()"
+        )
+
+
+def _refuse_lost_micro_batches() -> None:
+    """Raises where Accelerate accumulates and calls ``step`` itself: it evaluates no closure but the last one's."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.GradientState._shared_state or state.GradientState().num_steps == 1:
+        return
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
+        frame = frame.f_back
+    if frame is not None:
+        raise RuntimeError(
+            f"Accelerate accumulates gradients over {state.GradientState().num_steps} micro-batches, but would evaluate "
+            "the closure of the last alone: wrap the optimizer in fastsam.integrations.accelerate.SAMOptimizer"
         )
 
 

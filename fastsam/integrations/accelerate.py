@@ -13,8 +13,8 @@
             loss = optimizer.step(closure, x, y)
 
 A fastsam optimizer given to ``accelerator.prepare`` directly works as well with one batch a step and without fp16, and
-its ``step(closure)`` returns None there. But Accelerate never evaluates the closure of a micro-batch that does not end
-a step, so that its data would be lost without a word, and cannot unscale two gradients (that is refused).
+its ``step(closure)`` returns None there. Accelerate never evaluates the closure of a micro-batch that does not end a
+step, and cannot unscale two gradients: both are refused.
 """
 
 from __future__ import annotations

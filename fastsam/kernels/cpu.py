@@ -109,7 +109,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     if not all(map(math.isfinite, sums.tolist())):
         return restore(space)
     steps = descent.state["step"]
-    steps += torch.tensor([g is not None for g in space.gradients])
+    steps += torch.tensor([a != 0 for a in space.gradient_addresses]) if 0 in space.gradient_addresses else 1
     _cpu.descend_adam(
         _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),
