@@ -250,8 +250,8 @@ def _refuse_lost_micro_batches() -> None:
         frame = frame.f_back
     if frame is not None:
         raise RuntimeError(
-            f"Accelerate accumulates gradients over {state.GradientState().num_steps} micro-batches, but would evaluate "
-            "the closure of the last alone: wrap the optimizer in fastsam.integrations.accelerate.SAMOptimizer"
+            f"Accelerate accumulates gradients over {state.GradientState().num_steps} micro-batches, but would "
+            "evaluate the closure of the last alone: wrap the optimizer in fastsam.integrations.accelerate.SAMOptimizer"
         )
 
 

@@ -218,9 +218,7 @@ def test_partial_closures_carry_their_batch():
 
 def test_accelerates_own_wrapper_may_not_drop_micro_batches():
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer = accelerator.prepare(
-        Counted(), SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.1)
-    )
+    optimizer = accelerator.prepare(SAM([torch.nn.Parameter(torch.zeros(1))], torch.optim.SGD, lr=0.1))
     with pytest.raises(RuntimeError, match=r"2 micro-batches.*SAMOptimizer"):
         optimizer.step(lambda: None)
     plain = torch.nn.Parameter(torch.ones(1))
