@@ -61,7 +61,7 @@ class ClosureSteps(Passes):
         self.zero_grad()
         passes = None if model is None else TwoPasses(model, shared_masks)
         with self._own_gradients():
-            loss = _evaluate(closure)
+            loss = self._evaluate(closure)
             self._second_half(closure, passes, options)
         return loss
 
@@ -114,14 +114,14 @@ class ClosureSteps(Passes):
         passes = None if model is None else TwoPasses(model, shared_masks)
         refuse_unscaled(grad_scaler, self)
         with self._accumulated_kept(so_far), SetAside(self._every_parameter()) as gradients, self._or_restored():
-            loss = _evaluate(closure)
+            loss = self._evaluate(closure)
             refuse_unscaled(grad_scaler, self)
             if passes is not None:
                 passes.check_parameters(self)
             self._climb(grad_scaler, so_far)
             self._clear_gradients()
             with contextlib.nullcontext() if passes is None else passes.second():
-                _evaluate(closure)
+                self._evaluate(closure)
             refuse_unscaled(grad_scaler, self)
             self._spaces.collect_gradients()
             with uninterrupted():
@@ -148,6 +148,20 @@ class ClosureSteps(Passes):
         if zero_grad:
             self.zero_grad()
 
+    def _evaluate(self, closure):
+        """The closure's loss, once it is one and gradients are there."""
+        with torch.enable_grad():
+            loss = closure()
+        if loss is None:
+            raise TypeError("the closure returned None: it must return the loss after loss.backward()")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise TypeError(
+                f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return the scalar loss"
+            )
+        if all(p.grad is None for p in self._every_parameter()):
+            raise RuntimeError("the closure left no gradients: it must call loss.backward() before it returns the loss")
+        return loss
+
     def _every_parameter(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -161,7 +175,7 @@ class ClosureSteps(Passes):
                 passes.check_parameters(self)
             self.first_step(zero_grad=True, grad_scaler=options.get("grad_scaler"))
             with contextlib.nullcontext() if passes is None else passes.second():
-                loss = _evaluate(closure)
+                loss = self._evaluate(closure)
             self.second_step(zero_grad=True, **options)
         return loss
 
@@ -253,13 +267,3 @@ def _refuse_lost_micro_batches() -> None:
             f"Accelerate accumulates gradients over {state.GradientState().num_steps} micro-batches, but would "
             "evaluate the closure of the last alone: wrap the optimizer in fastsam.integrations.accelerate.SAMOptimizer"
         )
-
-
-def _evaluate(closure):
-    with torch.enable_grad():
-        loss = closure()
-    if loss is None:
-        raise TypeError("the closure returned None: it must return the loss after loss.backward()")
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise TypeError(f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return the scalar loss")
-    return loss

@@ -74,8 +74,6 @@ class Spaces:
         """Reads every gradient; raises, before anything changes, for one that cannot be used."""
         for space in self._spaces:
             space.collect_gradients()
-        if not any(g is not None for space in self._spaces for g in space.gradients):
-            raise RuntimeError("no parameter has a gradient: call loss.backward() before each pass")
 
     def release_gradients(self) -> None:
         """Lets go of the gradients of a finished pass: their memory is the next pass's."""

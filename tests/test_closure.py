@@ -134,3 +134,18 @@ def test_step_between_the_passes_is_refused(backend):
         optimizer.step(problem.closure)
     problem.closure()
     optimizer.second_step()
+
+
+@pytest.mark.parametrize("first_backward", [False, True], ids=["first pass", "second pass"])
+def test_a_closure_that_forgets_backward_is_refused(backend, first_backward):
+    problem = mlp()
+    optimizer = build_optimizer("F-SAM sigma=0.5 lmbda=0.9", "SGD momentum", problem.params(), backend)
+    before = problem.weights(), state_bits(optimizer, problem.params())
+    backward = [first_backward, False]
+
+    def closure():
+        return problem.closure() if backward.pop(0) else problem.loss()
+
+    with pytest.raises(RuntimeError, match=r"left no gradients.*backward"):
+        optimizer.step(closure)
+    assert torch.equal(problem.weights(), before[0]) and state_bits(optimizer, problem.params()) == before[1]

@@ -275,7 +275,9 @@ def test_what_is_pinned_is_declared_and_torch_is_not_needed_to_build():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_test_installs_torch_first_and_runs_every_check(project):
-    run = subprocess.run(["make", "-n", "test"], cwd=project.folder, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        ["make", "--no-print-directory", "-n", "test"], cwd=project.folder, capture_output=True, text=True, check=True
+    )
     order = [
         "-m venv",
         "--no-deps",
@@ -283,7 +285,7 @@ def test_make_test_installs_torch_first_and_runs_every_check(project):
         "build_ext",
         "ruff check",
         "ruff format",
-        "pytest",
+        "-m pytest",
     ]
     places = [run.stdout.index(text) for text in order]
     assert places == sorted(places)

@@ -233,7 +233,8 @@ class EigenSAM(SharpnessAware):
         """v, shaped like the parameters in the order of the groups, or None before the first estimate.
 
         Assign a list of such tensors to set it, or None to forget it. Parameters of a ``perturb=False`` group
-        have zeros. Raises ``ValueError`` for a wrong number or shapes, or values that are not finite.
+        have zeros. Raises ``ValueError`` for a wrong number or shapes, or values that are not finite, ``TypeError`` for
+        anything but real tensors.
         """
         if not any("eigenvector" in self.state[p] for p, _ in self._params() if p in self.state):
             return None
@@ -255,6 +256,9 @@ class EigenSAM(SharpnessAware):
         if len(v) != len(params):
             raise ValueError(f"eigenvector has {len(v)} tensors for {len(params)} parameters: give one for each")
         for i, (e, (p, _)) in enumerate(zip(v, params, strict=True)):
+            if not isinstance(e, Tensor) or not e.is_floating_point():
+                kind = e.dtype if isinstance(e, Tensor) else type(e).__name__
+                raise TypeError(f"eigenvector[{i}] is {kind}: it must be a real floating-point tensor")
             if e.shape != p.shape:
                 raise ValueError(f"eigenvector[{i}] has shape {tuple(e.shape)}, its parameter {tuple(p.shape)}")
             if not bool(e.isfinite().all()):
