@@ -1,7 +1,7 @@
 """Eigen-SAM's claim, measured: does its perturbation follow the top eigenvector, and does training end flatter?
 
     python -m benchmarks.alignment                 # 5 seeds of the demo's ViT; about three minutes on two cores
-    python -m benchmarks.alignment --model ResNet --seeds 2 --output /tmp/tried
+    python -m benchmarks.alignment --model ResNet --seeds 2 --output tried
 
 Trains with SGD, SAM and Eigen-SAM on the demo's digits: Eigen-SAM at the demo's settings, and with its pull towards the
 eigenvector five times as strong and refreshed four times as often. Every 36 steps a CurvatureMonitor

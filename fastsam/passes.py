@@ -69,11 +69,11 @@ class Passes(torch.optim.Optimizer):
     def _update(self, accumulated: Accumulated | None, options: dict) -> None:
         """The second half of a step: after a climb, or with the gradients of ``accumulated`` micro-batches."""
         grad_scaler, clipping = options.pop("grad_scaler", None), {"max_norm": None, "clip_value": None, **options}
-        check_clipping(**clipping)
         expected, first = (
             (self._first_scaler, self._sums) if accumulated is None else (accumulated.scaler, accumulated.met)
         )
         with self._or_restored(), uninterrupted():
+            check_clipping(**clipping)
             if grad_scaler is not expected:
                 raise RuntimeError("give the same grad_scaler to both passes: to first_step() and second_step()")
             if accumulated is not None and accumulated.spaces != list(self._spaces):

@@ -6,6 +6,8 @@ from reference import build_optimizer, build_reference, mlp
 from reference.scripted import bits
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from fastsam import SAM
+
 METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9"]
 BASES = ["SGD momentum", "AdamW", "RMSprop"]
 CLIPPERS = {"max_norm": clip_grad_norm_, "clip_value": clip_grad_value_}
@@ -87,3 +89,17 @@ def test_an_unknown_option_is_refused_and_loses_nothing(backend):
     with pytest.raises(TypeError, match="clip_norm"):
         optimizer.descend(clip_norm=1.0)
     assert bits(problem.params()) == before
+
+
+@pytest.mark.parametrize("options", [dict(max_norm=-1.0), dict(max_norm=1.0, clip_value=1.0)])
+def test_a_refused_clipping_leaves_no_weight_perturbed(options):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = SAM([parameter], torch.optim.SGD, lr=0.1)
+    for step, given in ((optimizer.first_step, {}), (optimizer.second_step, options)):
+        parameter.grad = torch.ones(3)
+        if given:
+            with pytest.raises(ValueError, match="max_norm"):
+                step(**given)
+        else:
+            step()
+    assert torch.equal(parameter, torch.ones(3))
