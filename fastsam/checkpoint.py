@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.checks import describe
 from fastsam.descent import fused_rule
-from fastsam.flat import describe
 
 #: Hyper-parameters that tell the methods apart.
 _OF_ONE_METHOD = ("sigma", "lmbda", "freq")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+
+def describe(p: Tensor) -> str:
+    return f"a parameter of shape {tuple(p.shape)}"
+
 
 def at_least(low: float, name: str, value) -> None:
     """Raises ``ValueError`` unless ``value`` is a finite number >= ``low``."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fastsam.amp import refuse_unscaled
-from fastsam.flat import clear_gradients, flat_gradients
+from fastsam.distributed import local
+from fastsam.flat import clear_gradients
 from fastsam.interrupts import uninterrupted
 from fastsam.model_state import TwoPasses
 from fastsam.passes import Accumulated, Passes
@@ -60,8 +61,9 @@ class ClosureSteps(Passes):
         _refuse_lost_micro_batches()
         self.zero_grad()
         passes = None if model is None else TwoPasses(model, shared_masks)
-        with self._own_gradients():
-            loss = self._evaluate(closure)
+        with self._ranks.failures_named(), self._own_gradients():
+            with self._ranks.first_pass(model):
+                loss = self._evaluate(closure)
             self._second_half(closure, passes, options)
         return loss
 
@@ -78,7 +80,10 @@ class ClosureSteps(Passes):
                 "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "
                 "which evaluates the closure for both passes"
             )
-        return self._second_half(closure, None if model is None else TwoPasses(model, shared_masks=False), options)
+        passes = None if model is None else TwoPasses(model, shared_masks=False)
+        with self._ranks.failures_named():
+            self._ranks.notice(model)
+            return self._second_half(closure, passes, options)
 
     def accumulate(
         self,
@@ -113,8 +118,14 @@ class ClosureSteps(Passes):
             raise RuntimeError("give the same grad_scaler to every accumulate() of a step, and to descend()")
         passes = None if model is None else TwoPasses(model, shared_masks)
         refuse_unscaled(grad_scaler, self)
-        with self._accumulated_kept(so_far), SetAside(self._every_parameter()) as gradients, self._or_restored():
-            loss = self._evaluate(closure)
+        with (
+            self._ranks.failures_named(),
+            self._accumulated_kept(so_far),
+            SetAside(self._every_parameter()) as gradients,
+            self._or_restored(),
+        ):
+            with self._ranks.first_pass(model):
+                loss = self._evaluate(closure)
             refuse_unscaled(grad_scaler, self)
             if passes is not None:
                 passes.check_parameters(self)
@@ -166,7 +177,7 @@ class ClosureSteps(Passes):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _has_gradients(self) -> bool:
-        gradients = [p.grad for p in self._every_parameter() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._every_parameter() if p.grad is not None]
         return any(bool(g.any()) if g.layout == torch.strided else True for g in gradients)
 
     def _second_half(self, closure, passes: TwoPasses | None, options: dict):
@@ -220,8 +231,9 @@ class SetAside:
         self.committed = False  # nothing is to be put back any more
 
     def __enter__(self) -> SetAside:
-        # Flattened gradients are zeroed where they are: their values need a copy.
-        self._kept = [p.grad.clone() if p.grad is not None and p in flat_gradients else p.grad for p in self._params]
+        # Flattened gradients are zeroed where they are, and those that lie in a bucket of DistributedDataParallel
+        # are overwritten: the values of a view need a copy.
+        self._kept = [p.grad.clone() if p.grad is not None and p.grad._is_view() else p.grad for p in self._params]
         clear_gradients(self._params, set_to_none=True)
         return self
 
@@ -240,7 +252,7 @@ class SetAside:
             return
         clear_gradients(self._params, set_to_none=True)
         for p, gradient in zip(self._params, self._kept, strict=True):
-            if gradient is not None and p in flat_gradients:
+            if gradient is not None and p.grad is not None:  # flattened, and zeroed where it is
                 p.grad.copy_(gradient)
             else:
                 p.grad = gradient

@@ -3,7 +3,8 @@
 Parameters are many small tensors; a kernel wants one long vector. A :class:`FlatSpace` maps the parameters of
 one device and dtype to one range of indices. State (backup, moving average, eigenvector, momentum) is physically
 flat: one allocation each, of which every parameter sees its own view. Weights and gradients stay where they are:
-the kernels are given their addresses, so nothing is copied and ``param.data`` is never re-bound.
+the kernels are given their addresses, so nothing is copied and ``param.data`` is never re-bound. Of a parameter that
+is spread over several processes (a DTensor) the kernels see this process's part, and its state is placed like it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fastsam.checks import describe
+from fastsam.distributed import distributed_like, is_dtensor, local, local_gradient, placed_like, shard_groups
 
 try:
     from fastsam import _cpu
@@ -28,8 +32,8 @@ class FlatBuffer:
     def __init__(self, space: FlatSpace, dtype: torch.dtype) -> None:
         self.flat = torch.zeros(space.numel, dtype=dtype, device=space.device)
         self.views = [
-            self.flat[offset : offset + p.numel()].as_strided(p.shape, p.stride())
-            for p, offset in zip(space.params, space.offsets, strict=True)
+            placed_like(owner, self.flat[offset : offset + p.numel()].as_strided(p.shape, p.stride()))
+            for owner, p, offset in zip(space.owners, space.params, space.offsets, strict=True)
         ]
         self.ids = list(map(id, self.views))
         self.used = [False] * len(self.views)  # parts that are somebody's state, or were
@@ -46,16 +50,20 @@ class StepCounts:
 
 
 class FlatSpace:
-    """The index space of ``params``, which share a device and a dtype.
+    """The index space of parameters, which share a device, a dtype and the processes that they are spread over.
 
-    ``groups[i]`` is the index of parameter i's group. ``perturbed`` says whether these parameters take part in
-    the climb. Raises ``ValueError`` for a parameter whose memory has gaps or is shared with another's.
+    ``owners`` are the optimizer's parameters, ``params`` what the kernels walk: their local parts. ``groups[i]`` is
+    the index of parameter i's group. ``perturbed`` says whether these parameters take part in the climb. Raises
+    ``ValueError`` for a parameter whose memory has gaps or is shared with another's.
     """
 
     def __init__(self, params: Sequence[Tensor], groups: Sequence[int], perturbed: bool) -> None:
-        order = _storage_order(params)
-        self.params = [params[i] for i in order]
+        order = _storage_order(list(map(local, params)))
+        self.owners = [params[i] for i in order]
+        self.params = list(map(local, self.owners))
         self.groups = [groups[i] for i in order]
+        self.spread = any(map(is_dtensor, self.owners))
+        self.shard_groups = shard_groups(self.owners[0])
         self.perturbed = perturbed
         self.device = self.params[0].device
         self.dtype = self.params[0].dtype
@@ -73,7 +81,7 @@ class FlatSpace:
         self.kernels = None  # the backend that serves this space
         self.table = None  # that backend's own view of the addresses
         self._dtypes = self.gradient_dtypes
-        self._scanner = _scanner(self.params)
+        self._scanner = _scanner(self.owners)
         self._buffers: dict[str, FlatBuffer | StepCounts] = {}
 
     def buffer(self, name: str) -> FlatBuffer:
@@ -92,19 +100,20 @@ class FlatSpace:
 
     def find_states(self, state) -> None:
         """Looks up each parameter's entry in the optimizer's ``state``; None where it has none yet."""
-        self.states = [state.get(p) for p in self.params]
+        self.states = [state.get(p) for p in self.owners]
 
     def adopt(self, name: str, buffer: FlatBuffer | StepCounts) -> list[bool]:
         """Makes ``state[p][name]`` a view of ``buffer`` for every parameter that has one; says which have.
 
-        Tensors put there by anyone else (a loaded checkpoint, the base optimizer's own step) are copied in.
+        Tensors put there by anyone else (a loaded checkpoint, the base optimizer's own step) are copied in; of a whole
+        one for a parameter that is spread over processes, this process's part.
         """
         values = [None if s is None else s.get(name) for s in self.states]
         if list(map(id, values)) == buffer.ids:
             return [True] * len(values)
         for i, value in enumerate(values):
             if value is not None and value is not buffer.views[i]:
-                buffer.views[i].copy_(value)
+                buffer.views[i].copy_(distributed_like(self.owners[i], value))
                 self.states[i][name] = buffer.views[i]
             elif value is None and buffer.used[i]:
                 buffer.views[i].zero_()  # the state was cleared
@@ -120,7 +129,7 @@ class FlatSpace:
         if grows:
             self.states = [
                 state[p] if marked and entry is None else entry
-                for p, entry, marked in zip(self.params, self.states, which, strict=True)
+                for p, entry, marked in zip(self.owners, self.states, which, strict=True)
             ]
         for entry, view, marked in zip(self.states, buffer.views, which, strict=True):
             if marked:
@@ -130,6 +139,8 @@ class FlatSpace:
 
     def still_fits(self) -> bool:
         """Whether the parameters are still what the space was built for; follows weights that only moved."""
+        if self.spread:
+            self.params = list(map(local, self.owners))
         weights = list(map(Tensor.data_ptr, self.params))
         if weights != self.weights:
             if list(map(_layout, self.params)) != self.layouts or _joined(self.params) != self.joined:
@@ -148,7 +159,9 @@ class FlatSpace:
             self.gradients, self.gradient_addresses = found
             self.gradient_dtypes = self._dtypes
             return
-        self.use_gradients([p.grad for p in self.params])
+        self.use_gradients([local_gradient(p) if self.spread else p.grad for p in self.owners])
+        if self.spread:
+            self._keep_copied_gradients()
 
     def use_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes these tensors for the gradients of a pass, after the checks of :meth:`collect_gradients`."""
@@ -157,6 +170,12 @@ class FlatSpace:
         ]
         self.gradient_addresses = [0 if g is None else g.data_ptr() for g in self.gradients]
         self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in self.gradients]
+
+    def _keep_copied_gradients(self) -> None:
+        """A shard's gradient that was copied into another layout becomes the gradient, for whoever reads it next."""
+        for owner, g in zip(self.owners, self.gradients, strict=True):
+            if g is not None and g is not local_gradient(owner):
+                owner.grad = placed_like(owner, g)
 
 
 def flatten_parameters(model: torch.nn.Module) -> None:
@@ -170,6 +189,8 @@ def flatten_parameters(model: torch.nn.Module) -> None:
     """
     spaces: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in model.parameters():
+        if is_dtensor(p):
+            raise TypeError(f"{describe(p)} is a DTensor: its shards stay where they are, leave flatten_parameters out")
         if p.requires_grad:
             _check_dense(p)
             spaces.setdefault((p.device, p.dtype), []).append(p)
@@ -225,10 +246,6 @@ def _scanner(params: list[Tensor]):
 
 def _layout(p: Tensor) -> tuple:
     return (p.device, p.dtype, p.shape, p.stride())
-
-
-def describe(p: Tensor) -> str:
-    return f"a parameter of shape {tuple(p.shape)}"
 
 
 def _check_dense(p: Tensor) -> None:

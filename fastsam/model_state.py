@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastsam.flat import describe
+from fastsam.checks import describe
 
 
 class TwoPasses:

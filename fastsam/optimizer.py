@@ -20,8 +20,9 @@ from torch.amp import GradScaler
 
 from fastsam.amp import forget_pass
 from fastsam.checkpoint import checked, in_this_layout
+from fastsam.checks import describe
 from fastsam.closures import ClosureSteps
-from fastsam.flat import describe
+from fastsam.distributed import Ranks
 from fastsam.passes import Accumulated
 from fastsam.spaces import Spaces
 from fastsam.untraced import untraced
@@ -53,7 +54,8 @@ class SharpnessAware(ClosureSteps):
             )
         if not callable(base_optimizer):
             raise TypeError(f"base_optimizer={base_optimizer!r} must be an optimizer class, such as torch.optim.SGD")
-        self._spaces = Spaces(backend)
+        self._ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
+        self._spaces = Spaces(backend, self._ranks)
         self._perturbed = False
         self._sums: Tensor | None = None
         self._first_scaler: GradScaler | None = None
@@ -188,6 +190,7 @@ class SharpnessAware(ClosureSteps):
         group = self.param_groups[-1]
         try:
             self.check_group(self._method_groups()[-1])
+            self._ranks.check_parameters(group["params"])
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise TypeError(
@@ -230,7 +233,7 @@ class SharpnessAware(ClosureSteps):
         own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
         return {
             **own,
-            "_spaces": Spaces(self._spaces.backend),
+            "_spaces": Spaces(self._spaces.backend, self._ranks),
             "_sums": None,
             "_first_scaler": None,
             "_accumulated": None,

@@ -20,7 +20,7 @@ from fastsam.flat import FlatSpace, clear_gradients
 from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent, Descent
 from fastsam.kernels.torch import clipped
-from fastsam.spaces import Spaces, total
+from fastsam.spaces import Spaces
 
 _UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
 
@@ -48,6 +48,7 @@ class Passes(torch.optim.Optimizer):
         for group in groups:
             self.check_group(group)
         self._spaces.refresh(self.param_groups, self.state)
+        self._ranks.verify(self, [space.shard_groups for space in self._spaces])
         if accumulated is not None and accumulated.spaces != list(self._spaces):
             raise RuntimeError("parameters changed between two accumulate() of a step: call zero_grad() to start again")
         self._spaces.collect_gradients()
@@ -56,7 +57,8 @@ class Passes(torch.optim.Optimizer):
         climbing = [space for space in self._spaces if space.perturbed]
         factor = unscaling_factor(grad_scaler, self)
         ascents = [self._ascent(space, groups, factor, accumulated) for space in climbing]
-        sums = total([space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)])
+        sums = [space.kernels.gram(space, a) for space, a in zip(climbing, ascents, strict=True)]
+        sums = self._spaces.total(climbing, sums)
         with self._or_restored(), uninterrupted():
             self._perturbed = True
             self._first_scaler = grad_scaler
@@ -83,8 +85,9 @@ class Passes(torch.optim.Optimizer):
             self._spaces.follow()
             self._spaces.collect_gradients()
             guard = Ascent(self._method_groups(), grad_scale=factor)
-            sums = total([space.kernels.gram(space, guard) for space in self._spaces])
-            self._sums = torch.add(sums, first.to(sums.device), alpha=0)  # 0 * inf is NaN: every pass counts
+            sums = self._spaces.total(self._spaces, [space.kernels.gram(space, guard) for space in self._spaces])
+            sums = torch.add(sums, first.to(sums.device), alpha=0)  # 0 * inf is NaN: every pass counts
+            self._sums = self._ranks.agreed(sums)
             options = dict(grad_scale=factor, **clipping)
             rule = fused_rule(self.base_optimizer)
             if rule is None:

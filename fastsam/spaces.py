@@ -1,22 +1,23 @@
-"""The flat spaces of an optimizer: one for each device, dtype and kind of group, kept up with what changes."""
+"""The flat spaces of an optimizer: one for each device, dtype, kind of group and set of processes that share it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from fastsam import kernels
+from fastsam.distributed import Ranks, local, shard_groups
 from fastsam.flat import FlatSpace
 
 
 class Spaces:
     """Every :class:`FlatSpace` of a list of groups, with the backend that serves it."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, ranks: Ranks) -> None:
         kernels.check(backend)
         self.backend = backend
+        self.ranks = ranks
         self._spaces: list[FlatSpace] = []
         self._members: list | None = None
         self._entries: list[int] | None = None
@@ -31,11 +32,13 @@ class Spaces:
             split: dict[tuple, dict[Tensor, int]] = {}
             for g, group in enumerate(groups):
                 for p in group["params"]:
-                    split.setdefault((p.device, p.dtype, bool(group["perturb"])), {}).setdefault(p, g)
+                    key = (p.device, p.dtype, bool(group["perturb"]), shard_groups(p))
+                    split.setdefault(key, {}).setdefault(p, g)
             spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
             for space in spaces:
                 space.kernels = kernels.choose(self.backend, space.device, space.dtype)
             self._spaces, self._members, self._entries = spaces, members, None
+            self.ranks.forget()
         self.find_states(state)
 
     def find_states(self, state) -> None:
@@ -57,9 +60,9 @@ class Spaces:
         The mark is a NaN, which no state can hold otherwise. Waits for the device.
         """
         entries = [(entry, n) for entry in state.values() for n in ("momentum", "momentum_buffer") if n in entry]
-        entries = [(entry, n) for entry, n in entries if entry[n] is not None and entry[n].numel()]
+        entries = [(entry, n) for entry, n in entries if entry[n] is not None and local(entry[n]).numel()]
         for entry, name in entries:
-            if bool(entry[name].flatten()[0].isnan()):
+            if bool(local(entry[name]).flatten()[0].isnan()):
                 del entry[name]
 
     def follow(self) -> None:
@@ -80,14 +83,10 @@ class Spaces:
         for space in self._spaces:
             space.gradients = []
 
+    def total(self, spaces: Sequence[FlatSpace], sums: Sequence[Tensor]) -> Tensor:
+        """The Gram sums over ``spaces`` on every process, on the first one's device."""
+        return self.ranks.total([space.shard_groups for space in spaces], sums)
+
     @property
     def decide_on_host(self) -> bool:
         return all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
-
-
-def total(sums: Sequence[Tensor]) -> Tensor:
-    """The Gram sums over several spaces, on the first one's device."""
-    result = sums[0] if sums else torch.zeros(3, dtype=torch.float64)
-    for other in sums[1:]:
-        result = result + other.to(result.device)
-    return result

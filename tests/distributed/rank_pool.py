@@ -1,0 +1,86 @@
+"""A pool of processes, kept for all tests, that run one function on every rank of a fresh gloo process group."""
+
+import contextlib
+import datetime
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+class RankPool:
+    """``pool(4, function, *args)`` gives what ``function(*args)`` returned on each rank, in their order.
+
+    ``function`` is a module's, with a process group of that many ranks up. An exception on any rank is returned in
+    its place by ``pool.outcomes``, and raised by a call.
+    """
+
+    def __init__(self):
+        self._context = mp.get_context("spawn")
+        self._workers = []
+
+    def __call__(self, ranks, function, *args):
+        results = self.outcomes(ranks, function, *args)
+        for result in results:
+            if isinstance(result, Failure):
+                raise AssertionError(f"on a rank: {result.text}")
+        return results
+
+    def outcomes(self, ranks, function, *args):
+        while len(self._workers) < ranks:
+            self._workers.append(Worker(self._context))
+        address = f"tcp://127.0.0.1:{_free_port()}"
+        for rank, worker in enumerate(self._workers[:ranks]):
+            worker.connection.send((address, rank, ranks, function, args))
+        return [worker.connection.recv() for worker in self._workers[:ranks]]
+
+    def close(self):
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.join(5)
+            worker.process.kill()
+
+
+class Failure:
+    """An exception on a rank: its type's name, its message with its notes, and where it came from."""
+
+    def __init__(self, error):
+        self.kind = type(error).__name__
+        self.message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        self.text = "".join(traceback.format_exception(error))
+
+
+class Worker:
+    def __init__(self, context):
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, sys.path[:]), daemon=True)
+        self.process.start()
+        theirs.close()
+
+
+def _serve(connection, path):
+    sys.path[:] = path
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError):
+        while True:
+            address, rank, ranks, function, args = connection.recv()
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=TIMEOUT)
+            try:
+                result = function(*args)
+            except Exception as error:
+                result = Failure(error)
+            dist.destroy_process_group()
+            connection.send(result)
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
