@@ -11,6 +11,7 @@ Every one of them is a transaction: whatever exception leaves it, weights, state
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -62,7 +63,7 @@ class ClosureSteps(Passes):
         self.zero_grad()
         passes = None if model is None else TwoPasses(model, shared_masks)
         with self._ranks.failures_named(), self._own_gradients():
-            with self._ranks.first_pass(model):
+            with self._ranks.first_pass(model, closure):
                 loss = self._evaluate(closure)
             self._second_half(closure, passes, options)
         return loss
@@ -124,7 +125,7 @@ class ClosureSteps(Passes):
             SetAside(self._every_parameter()) as gradients,
             self._or_restored(),
         ):
-            with self._ranks.first_pass(model):
+            with self._ranks.first_pass(model, closure):
                 loss = self._evaluate(closure)
             refuse_unscaled(grad_scaler, self)
             if passes is not None:
@@ -212,15 +213,27 @@ class ClosureSteps(Passes):
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether this is torch.distributed.checkpoint: it steps with lr = 0 and zero gradients to see the state."""
-        return all(float(group.get("lr", 1)) == 0 for group in self.param_groups) and not self._has_gradients()
+        stands_still = all(float(group.get("lr", 1)) == 0 for group in self.param_groups)
+        return stands_still and not self.state and not self._has_gradients()
 
     @torch.no_grad()
     def _make_empty_state(self) -> None:
+        """Every entry that a checkpoint can fill; until one is loaded, the optimizer is as new for the next step."""
         before = [p.clone() for p in self._every_parameter()]
-        with self._own_state_hidden():
-            self.base_optimizer.step()
+        self.base_optimizer.step()
         for p, weight in zip(self._every_parameter(), before, strict=True):
             p.copy_(weight)
+        for p in (p for group in self.param_groups if group["perturb"] for p in group["params"] if p.requires_grad):
+            if self.uses_ema:
+                self.state[p]["momentum"] = torch.full_like(p, math.nan)  # the mark of one that never started
+            if self.uses_eigenvector:
+                self.state[p]["eigenvector"] = torch.zeros_like(p)
+        self._state_is_empty = True
+
+    def _forget_empty_state(self) -> None:
+        if self._state_is_empty:
+            self.state.clear()
+            self._state_is_empty = False
 
 
 class SetAside:

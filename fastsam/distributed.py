@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class Ranks:
             self._model = wrapper
             self._unverified = True
 
-    def first_pass(self, model: nn.Module | None) -> contextlib.AbstractContextManager:
+    def first_pass(self, model: nn.Module | None, closure: Callable) -> contextlib.AbstractContextManager:
         """The context of a step's first pass, in which gradients stay on their process under ``m_sharpness``."""
         self.notice(model)
         if not self.m_sharpness:
@@ -195,6 +195,12 @@ class Ranks:
                 "m_sharpness=True: give the DistributedDataParallel model, as in step(closure, model=model), so that "
                 "the first pass is not reduced over the processes"
             )
+        if self._model.static_graph and not self._model._static_graph_delay_allreduce_enqueued:
+            # torch cannot run the very first pass of a static graph under no_sync (pytorch/pytorch#143580).
+            from fastsam.curvature.frozen import Frozen  # here, because fastsam.curvature builds on the optimizer
+
+            with Frozen(self._model.parameters(), self._model), torch.enable_grad():
+                closure()
         return self._model.no_sync()
 
     def __deepcopy__(self, memo) -> Ranks:

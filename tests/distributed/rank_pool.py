@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import socket
 import sys
 import traceback
@@ -18,7 +19,8 @@ class RankPool:
     """``pool(4, function, *args)`` gives what ``function(*args)`` returned on each rank, in their order.
 
     ``function`` is a module's, with a process group of that many ranks up. An exception on any rank is returned in
-    its place by ``pool.outcomes``, and raised by a call.
+    its place by ``pool.outcomes``, and raised by a call. A rank that returns ``Last(result)`` ends its process; one
+    that was killed returns None.
     """
 
     def __init__(self):
@@ -38,7 +40,16 @@ class RankPool:
         address = f"tcp://127.0.0.1:{_free_port()}"
         for rank, worker in enumerate(self._workers[:ranks]):
             worker.connection.send((address, rank, ranks, function, args))
-        return [worker.connection.recv() for worker in self._workers[:ranks]]
+        return [self._result(i) for i in range(ranks)]
+
+    def _result(self, i):
+        result = None
+        with contextlib.suppress(EOFError, ConnectionResetError):
+            result = self._workers[i].connection.recv()
+        if result is None or isinstance(result, Last):
+            self._workers[i] = Worker(self._context)
+            return getattr(result, "result", None)
+        return result[0]
 
     def close(self):
         for worker in self._workers:
@@ -54,6 +65,13 @@ class Failure:
         self.kind = type(error).__name__
         self.message = "\n".join([str(error), *getattr(error, "__notes__", [])])
         self.text = "".join(traceback.format_exception(error))
+
+
+class Last:
+    """The result of a rank whose process ends with it."""
+
+    def __init__(self, result):
+        self.result = result
 
 
 class Worker:
@@ -76,8 +94,11 @@ def _serve(connection, path):
                 result = function(*args)
             except Exception as error:
                 result = Failure(error)
+            if isinstance(result, Last):
+                connection.send(result)
+                os._exit(1)
             dist.destroy_process_group()
-            connection.send(result)
+            connection.send((result,))
 
 
 def _free_port():

@@ -79,7 +79,7 @@ class Training:
     def run(self, optimizer, steps, **options):
         """Whole steps by closures; returns the weights afterwards as one vector."""
         for _ in range(steps):
-            self.losses.append(float(optimizer.step(self.closure, **options)))
+            self.losses.append(float(optimizer.step(self.closure, **options).detach()))
             self.step += 1
         return self.weights()
 
@@ -104,10 +104,7 @@ def data_parallel(dtype, **options):
 
 def fully_sharded(dtype, **options):
     training = Training(dtype, dist.get_rank(), dist.get_world_size())
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in (training.model.up, training.model.down):
-        fully_shard(layer, mesh=mesh, **options)
-    fully_shard(training.model, mesh=mesh, **options)
+    fully_shard(training.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), **options)
     return training
 
 
@@ -149,18 +146,22 @@ def set_eigenvector(optimizer):
     optimizer.eigenvector = [x / length for x in v]
 
 
-def trajectory(how, method, base, steps, dtype=torch.float64, options=None, **model_options):
+def trajectory(how, method, base, steps, dtype=torch.float64):
     """Weights after ``steps`` steps, and the mean of each step's losses over the ranks."""
-    training = spread(how, dtype, **model_options)
+    training = spread(how, dtype)
     optimizer = training.optimizer(method, base)
     if method == "Eigen-SAM":
         set_eigenvector(optimizer)
-    weights = training.run(optimizer, steps, **(options or {}))
-    losses = torch.tensor(training.losses)
-    if how != "one" and dist.is_initialized():
+    weights = training.run(optimizer, steps)
+    losses = torch.tensor(training.losses, dtype=torch.float64)
+    if how != "one":
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
     return weights, losses
+
+
+def trajectories(how, cases, steps, dtype):
+    return {case: trajectory(how, *case, steps, dtype) for case in cases}
 
 
 @contextlib.contextmanager
