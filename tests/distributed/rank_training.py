@@ -160,6 +160,12 @@ def trajectory(how, method, base, steps, dtype=torch.float64):
     return weights, losses
 
 
+def clipped(how, base):
+    """F-SAM with the second gradient clipped to a norm that is below its own."""
+    training = spread(how)
+    return training.run(training.optimizer("F-SAM", base), 10, max_norm=0.05)
+
+
 def trajectories(how, cases, steps, dtype):
     return {case: trajectory(how, *case, steps, dtype) for case in cases}
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from rank_training import BASES, METHODS, trajectories, trajectory
+from rank_training import BASES, METHODS, clipped, trajectories, trajectory
 
 STEPS = 50
 SPREADS = [("DDP", 2), ("FSDP2", 4), ("FSDP2 x TP", 4)]
@@ -48,6 +48,14 @@ def test_a_base_optimizer_without_a_fused_update_takes_the_same_steps(on_ranks, 
 @pytest.mark.parametrize("method", METHODS)
 def test_replicas_of_shards_take_the_same_steps(on_ranks, method):
     check(on_ranks(4, "HSDP", tuple((m, "SGD") for m in METHODS), torch.float64), (method, "SGD"), torch.float64)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_clipping_is_by_the_norm_over_all_shards(ranks, base):
+    expected = clipped("one", base)
+    assert (expected - trajectory("one", "F-SAM", base, 10)[0]).abs().max() > 1e-4  # it does clip
+    for found in ranks(4, clipped, "FSDP2", base):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def test_every_base_is_in_the_table():
