@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 
 from fastsam.amp import refuse_unscaled
 from fastsam.distributed import local
-from fastsam.flat import clear_gradients
+from fastsam.flat import clear_gradients, is_cleared
 from fastsam.interrupts import uninterrupted
 from fastsam.model_state import TwoPasses
 from fastsam.passes import Accumulated, Passes
@@ -101,7 +101,7 @@ class ClosureSteps(Passes):
         is returned; ``model`` and ``shared_masks`` as in :meth:`step`. F-SAM's average is fed once a micro-batch:
         that is the batch of this perturbation: d = g - sigma m then subtracts like from like whatever the loss was
         divided by, and ``lmbda`` counts micro-batches. It becomes state in :meth:`descend`, for which it takes one more
-        weight-sized buffer. An eigenvector that is due is not refreshed here: call ``update_eigenvector``.
+        weight-sized buffer. Eigen-SAM refreshes an eigenvector that is due before the first micro-batch of a step.
 
         After any exception weights, state and accumulated gradients are as before the call. ``zero_grad()`` abandons
         what was accumulated. Raises ``RuntimeError`` for gradients from elsewhere, and as :meth:`first_step` does.
@@ -178,7 +178,7 @@ class ClosureSteps(Passes):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _has_gradients(self) -> bool:
-        gradients = [local(p.grad) for p in self._every_parameter() if p.grad is not None]
+        gradients = [local(p.grad) for p in self._every_parameter() if not is_cleared(p)]
         return any(bool(g.any()) if g.layout == torch.strided else True for g in gradients)
 
     def _second_half(self, closure, passes: TwoPasses | None, options: dict):

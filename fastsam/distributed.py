@@ -168,7 +168,9 @@ class Ranks:
 
     def notice(self, model: nn.Module | None) -> None:
         """Looks at a model given to a step; raises for one that cannot be trained so."""
-        wrapper = None if model is None else _data_parallel(model)
+        if model is None:  # a framework may have shown it before
+            return
+        wrapper = data_parallel(model)
         if wrapper is not None and not wrapper.require_backward_grad_sync:
             raise RuntimeError(
                 "a closure under no_sync(): the optimizer runs both passes itself and reduces their gradients; "
@@ -190,7 +192,7 @@ class Ranks:
         self.notice(model)
         if not self.m_sharpness:
             return contextlib.nullcontext()
-        if self._model is None:
+        if model is None or self._model is None:
             raise TypeError(
                 "m_sharpness=True: give the DistributedDataParallel model, as in step(closure, model=model), so that "
                 "the first pass is not reduced over the processes"
@@ -267,11 +269,17 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _members(group) -> list[int]:
     return dist.get_process_group_ranks(group)
 
 
-def _data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel that wraps a model, or a part of it."""
     return next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
 
 

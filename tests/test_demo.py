@@ -1,8 +1,10 @@
 """The demo in its quick form: it writes what it promises, repeats itself, uses fastsam's optimizers."""
 
+import csv
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import fastsam
+from benchmarks.demo import with_demo_block
 from fastsam import demo
+from fastsam.curvature import hessian_vector_product
 from fastsam.demo import experiment, report, settings
 from fastsam.demo.data import load
 from fastsam.demo.models import ResNet, VisionTransformer
-from fastsam.demo.sharpness import loss_rise, top_hessian_eigenvalue
-from fastsam.demo.train import build_optimizer, train
+from fastsam.demo.train import Run, build_optimizer, measure_sharpness, train
 
 PAIRS = {(model, method) for model in settings.MODELS for method in settings.METHODS}
 
@@ -52,6 +55,49 @@ def test_picture_is_a_png_with_curves_in_every_axes(quick):
         for left in (0, width // 2):
             quarter = pixels[top : top + height // 2, left : left + width // 2, :3]
             assert (quarter.max(axis=2) - quarter.min(axis=2) > 0.3).sum() > 500, "no coloured curves here"
+
+
+def test_panels_show_alignment_and_eigenvalue_over_training(quick):
+    from matplotlib.image import imread
+
+    output, results = quick
+    pixels = imread(output / "curvature.png")
+    width = pixels.shape[1]
+    for half in (pixels[:, : width // 2, :3], pixels[:, width // 2 :, :3]):
+        assert (half.max(axis=2) - half.min(axis=2) > 0.3).sum() > 500, "no coloured curves here"
+    chosen = settings.QUICK_CURVATURE
+    steps = [0, 4, 8]  # every 4 of two epochs of four steps, the end with them
+    watched = {(chosen.model, method) for method in chosen.methods}
+    for run in results["runs"]:
+        pair = run["model"], run["method"]
+        assert [row["step"] for row in run["curvature"]] == (steps if pair in watched else [])
+        if pair in watched:
+            with open(output / "curvature" / f"{run['model']}-{run['method']}-{run['seed']}.csv", newline="") as file:
+                written = list(csv.DictReader(file))
+            assert [float(row["top_eigenvalue"]) for row in written] == [r["top_eigenvalue"] for r in run["curvature"]]
+            assert all(0 <= row["perturbation_alignment"] <= 1 for row in run["curvature"])
+    assert {(run["model"], run["method"]) for run in results["runs"] if run["curvature"]} == watched
+
+
+def test_a_second_demo_may_have_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "QUICK_MODELS", {"ViT": settings.QUICK_MODELS["ViT"]})
+    monkeypatch.setattr(settings, "QUICK_METHODS", {"SGD": {}})
+    first, second = (demo.run(tmp_path, epochs=1, quick=True)["runs"][0] for _ in range(2))
+    assert first["curvature"] == second["curvature"] and first["curvature"]
+
+
+def test_the_readme_has_the_rows_of_the_kept_result():
+    root = Path(__file__).parent.parent
+    results = json.loads((root / "benchmarks" / "results" / "demo.json").read_text())
+    table = (root / "README.md").read_text().split("<!-- demo:begin -->")[1].split("<!-- demo:end -->")[0]
+    lines = [tuple(line.strip("| ").split(" | ")) for line in table.splitlines() if line.startswith("| ")]
+    assert lines[2:] == report.rows(results)
+
+
+def test_a_new_result_replaces_the_table_of_the_readme_alone(quick):
+    table = (quick[0] / "table.md").read_text()
+    text = with_demo_block("before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n", quick[1])
+    assert text == f"before\n<!-- demo:begin -->\n{table}<!-- demo:end -->\nafter\n"
 
 
 def test_results_file_holds_every_model_and_method_with_its_numbers(quick):
@@ -133,7 +179,7 @@ def test_a_seed_gives_the_same_run_again_whatever_the_global_generator_says(meth
     assert _train(method, digits, seed=1).train_loss != first.train_loss
 
 
-def test_processes_give_the_same_runs_as_this_process(monkeypatch, quick):
+def test_processes_give_the_same_runs_as_this_process(monkeypatch, quick, tmp_path):
     """Runs are spread over processes when there are several: the numbers must not depend on it."""
     from rich.console import Console
 
@@ -141,7 +187,7 @@ def test_processes_give_the_same_runs_as_this_process(monkeypatch, quick):
     monkeypatch.setattr(settings, "METHODS", {m: settings.QUICK_METHODS[m] for m in ("SGD", "Eigen-SAM")})
     monkeypatch.setattr(settings, "DATA", settings.QUICK_DATA)
     monkeypatch.setattr(experiment, "_processors", lambda: 2)
-    spread = experiment.run(Console(), seeds=1, epochs=None, quick=False)
+    spread = experiment.run(Console(), seeds=1, epochs=None, quick=False, folder=tmp_path)
     assert spread["settings"]["runs_at_once"] == 2
     assert [run["method"] for run in spread["runs"]] == ["SGD", "Eigen-SAM"]
     alone = {run["method"]: run for run in quick[1]["runs"] if run["model"] == "ResNet"}
@@ -223,24 +269,35 @@ def test_models_are_small_and_can_be_differentiated_twice(build):
     images, labels = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     assert model(images).shape == (4, 10)
     loss = torch.nn.functional.cross_entropy(model(images), labels)
-    eigenvalue, residual = top_hessian_eigenvalue(loss, list(model.parameters()), 3)
-    assert math.isfinite(eigenvalue) and math.isfinite(residual)
+    v = [torch.randn_like(p) for p in model.parameters()]
+    product = hessian_vector_product(lambda: loss, model, v, method="exact")
+    assert all(h.isfinite().all() for h in product) and any(h.any() for h in product)
 
 
-def test_top_eigenvalue_of_a_quadratic_is_its_largest_in_magnitude():
-    hessian = torch.diag(torch.tensor([-5.0, 3.0, 1.0], dtype=torch.float64))
-    w = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    eigenvalue, residual = top_hessian_eigenvalue(0.5 * w @ hessian @ w, [w], 60)
-    assert eigenvalue == pytest.approx(-5.0, rel=1e-9)
-    assert residual < 1e-6
-
-
-def test_loss_rise_is_the_gradient_norm_for_a_linear_loss_and_restores_the_weights():
-    slope = torch.tensor([3.0, 4.0])
-    w = torch.tensor([0.1, 0.2], requires_grad=True)
-    before = w.detach().clone()
-    assert loss_rise(lambda: slope @ w, [w], 0.5) == pytest.approx(0.5 * 5.0, rel=1e-5)
-    assert torch.equal(w.detach(), before)
+def test_final_sharpness_is_that_of_the_final_weights_in_eval_mode(digits):
+    torch.manual_seed(0)
+    model, run = ResNet(), Run("ResNet", "SGD", 0)
+    measure_sharpness(model, digits, run)
+    params, (x, y) = list(model.eval().parameters()), digits.sharpness_subset()
+    before = [p.detach().clone() for p in params]
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    gradient = torch.autograd.grad(loss, params, create_graph=True)
+    v = [torch.randn_like(p) for p in params]
+    for _ in range(60):
+        v = torch.autograd.grad(gradient, params, v, retain_graph=True)
+        length = torch.stack([x.norm() for x in v]).norm()
+        v = [x / length for x in v]
+    hv = torch.autograd.grad(gradient, params, v)
+    assert run.top_eigenvalue == pytest.approx(sum(float((a * b).sum()) for a, b in zip(v, hv, strict=True)), rel=1e-2)
+    assert 0 < run.eigenvalue_residual <= settings.SHARPNESS_TOLERANCE
+    length = torch.stack([g.norm() for g in gradient]).norm()
+    with torch.no_grad():
+        for p, g in zip(params, gradient, strict=True):
+            p += settings.SHARPNESS_RHO / length * g
+        rise = torch.nn.functional.cross_entropy(model(x), y) - loss
+        for p, b in zip(params, before, strict=True):
+            p.copy_(b)
+    assert run.loss_rise == pytest.approx(float(rise), rel=1e-3)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fastsam.curvature.measure import (
     trace,
 )
 from fastsam.curvature.monitor import CurvatureMonitor
-from fastsam.curvature.plot import draw_panels
+from fastsam.curvature.plot import draw_density, draw_panels
 from fastsam.curvature.products import Hessian, hessian_vector_product
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
 
@@ -33,6 +33,7 @@ __all__ = [
     "SpectralDensity",
     "Trace",
     "alignment",
+    "draw_density",
     "draw_panels",
     "hessian_vector_product",
     "lanczos",

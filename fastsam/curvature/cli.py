@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastsam.curvature.measure import Chunks, SpectralDensity, spectral_density, top_eigenpairs, trace
+from fastsam.curvature.measure import Chunks, spectral_density, top_eigenpairs, trace
 from fastsam.curvature.passes import batch_size
+from fastsam.curvature.plot import draw_density
 
 #: Where training scripts put the weights in their checkpoints.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -94,7 +95,7 @@ def sharpness(
             estimate = trace(loss_fn, network, probes=probes, generator=generator(), **settings)
             result["trace"] = {"value": estimate.value, "standard_error": estimate.standard_error, "probes": probes}
         if density is not None:
-            _draw_density(spectral_density(loss_fn, network, generator=generator(), **settings), density)
+            draw_density(spectral_density(loss_fn, network, generator=generator(), **settings), density)
         if output is not None:
             output.write_text(json.dumps(result, indent=1) + "\n")
     except _UNUSABLE as error:
@@ -174,15 +175,3 @@ def _pair(content, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(content, (tuple, list)) and len(content) == 2 and all(isinstance(x, Tensor) for x in content):
         return content[0], content[1]
     raise ValueError(f"{name} must hold a pair of tensors, or tensors named inputs and targets")
-
-
-def _draw_density(result: SpectralDensity, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogy(result.grid, result.density.clamp_min(1e-7), color="black")
-    axes.set_ylim(bottom=1e-6)
-    axes.set_xlabel("eigenvalue of the Hessian")
-    axes.set_ylabel("density")
-    figure.savefig(path, dpi=150)

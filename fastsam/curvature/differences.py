@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from fastsam import kernels
+from fastsam.checks import describe
 from fastsam.curvature.frozen import Frozen
 from fastsam.curvature.passes import Passes
-from fastsam.curvature.solvers import dot
 from fastsam.curvature.vectors import Vectors
-from fastsam.flat import FlatSpace, describe
+from fastsam.distributed import local, shard_groups
+from fastsam.flat import FlatSpace
 from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent
 
@@ -53,7 +54,7 @@ class Differences:
 
     def product(self, v: Tensor | dict[Tensor, Tensor]) -> Tensor:
         """Hv, a new vector (n,)."""
-        length = math.sqrt(self._vectors.dot(v, v))
+        length = self._vectors.norm(v)
         out = self._vectors.zeros()
         if length == 0:
             return out
@@ -66,7 +67,7 @@ class Differences:
             if self.radius() > radius:  # the first pass ran under autocast, of which nothing was known before it
                 continue
             self._add_gradients(out, 1.0)
-            gradient, along = math.sqrt(dot(out, out)), self._vectors.dot(out, v)
+            gradient, along = self._vectors.norm(out), self._vectors.dot(out, v)
             with self.moved(v, -radius / length):
                 below = self._passes.backward()
             self._add_gradients(out, -1.0)
@@ -74,7 +75,7 @@ class Differences:
             predicted = radius / length * (2 * along - self._vectors.dot(out, v))
             rounding = 8 * max(self._precision(), 1e-4) * (abs(above) + abs(below))
             self._passes.expect(above - below, predicted, rounding + 0.5 * max(abs(above - below), abs(predicted)))
-            if self._adapt(gradient, change=math.sqrt(dot(out, out)) / 2):
+            if self._adapt(gradient, change=self._vectors.norm(out) / 2):
                 out.zero_()
                 continue
             self._products += 1
@@ -85,9 +86,7 @@ class Differences:
         if self._fixed is not None:
             return self._fixed
         if self._weight_norm is None:
-            with torch.no_grad():
-                squares = [float(p.norm(dtype=self._vectors.dtype)) ** 2 for p in self._vectors.trainable]
-            self._weight_norm = math.sqrt(sum(squares))
+            self._weight_norm = self._vectors.weight_norm()
             if not math.isfinite(self._weight_norm):
                 raise FloatingPointError("the weights are not finite")
         return RADIUS * self._precision() ** 0.5 * (self._weight_norm or 1.0) * self._factor
@@ -100,8 +99,9 @@ class Differences:
         try:
             with torch.no_grad(), uninterrupted():
                 for space in self._spaces:
+                    _follow(space)
                     # The kernels climb along the gradient; here v stands in its place.
-                    space.use_gradients([self._direction(v, p, space) for p in space.params])
+                    space.use_gradients([self._direction(v, p, space) for p in space.owners])
                     space.climbed = [False] * len(space.params)
                     space.kernels.climb(space, ascent, space.kernels.gram(space, ascent))
             torch.clear_autocast_cache()  # casts of the weights at the point before
@@ -109,6 +109,7 @@ class Differences:
         finally:
             with torch.no_grad(), uninterrupted():
                 for space in self._spaces:
+                    _follow(space)
                     space.kernels.restore(space)
                     space.climbed = [False] * len(space.params)
                     space.use_gradients([None] * len(space.params))
@@ -119,7 +120,7 @@ class Differences:
             return None
         part = self._vectors.part(v, p)
         if (part.dtype == torch.float64) != (space.dtype == torch.float64) or part.device != space.device:
-            part = torch.empty_like(p).copy_(part)
+            part = torch.empty_like(local(p)).copy_(part)
         return part
 
     def _add_gradients(self, out: Tensor, scale: float) -> None:
@@ -142,12 +143,18 @@ class Differences:
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
+def _follow(space: FlatSpace) -> None:
+    """FSDP2 moves its shards to their place when a model first runs."""
+    if not space.still_fits():
+        raise RuntimeError("a parameter changed its shape, strides, dtype or device while its curvature was measured")
+
+
 def _spaces(params: list[Tensor]) -> list[FlatSpace]:
     split: dict[tuple, list[Tensor]] = {}
     for p in params:
         if not p.is_floating_point():
             raise TypeError(f"{describe(p)} has dtype {p.dtype}: only real floating-point parameters have a Hessian")
-        split.setdefault((p.device, p.dtype), []).append(p)
+        split.setdefault((p.device, p.dtype, shard_groups(p)), []).append(p)
     spaces = [FlatSpace(members, [0] * len(members), True) for members in split.values()]
     for space in spaces:
         space.kernels = kernels.choose("auto", space.device, space.dtype)

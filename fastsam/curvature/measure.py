@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastsam.curvature.passes import batch_size
 from fastsam.curvature.products import Hessian
-from fastsam.curvature.solvers import Eigenpairs, Krylov, dot, lanczos, power_iteration
+from fastsam.curvature.solvers import Eigenpairs, Krylov, lanczos, power_iteration
 
 SOLVERS = ("lanczos", "power")
 
@@ -42,8 +42,9 @@ def top_eigenpairs(
     Args:
         solver: ``"lanczos"``, or ``"power"`` for the one of largest magnitude (``k=1, which="magnitude"``).
         products, tolerance, basis: as for :func:`~fastsam.curvature.lanczos`.
-        start: a tensor for each parameter to start from, such as an earlier eigenvector; None: normal noise.
-        generator: draws the start.
+        start: a tensor for each parameter to start from, such as an earlier eigenvector. None: normal noise, for
+            Lanczos with some gradient (:meth:`~fastsam.curvature.Hessian.start`).
+        generator: draws the noise.
         options: as for :class:`~fastsam.curvature.Hessian`.
 
     Returns :class:`~fastsam.curvature.Eigenpairs`; ``vectors[i]`` is a list of tensors shaped like the parameters.
@@ -61,11 +62,16 @@ def top_eigenpairs(
             "solver='lanczos'"
         )
     with Hessian(loss_fn, params, **options) as hessian:
-        x = hessian.random(generator) if start is None else hessian.flat(start)
+
+        def begin() -> Tensor:
+            if start is not None:
+                return hessian.flat(start)
+            return hessian.random(generator) if solver == "power" else hessian.start(generator)
+
         if solver == "power":
-            pairs = power_iteration(hessian.product, x, products, tolerance)
+            pairs = power_iteration(hessian.product, begin(), products, tolerance, hessian.inner)
         else:
-            pairs = lanczos(hessian.product, x, k, which, products, tolerance, basis)
+            pairs = lanczos(hessian.product, begin(), k, which, products, tolerance, basis, hessian.inner)
         return dataclasses.replace(pairs, vectors=[hessian.tensors(v) for v in pairs.vectors])
 
 
@@ -78,21 +84,40 @@ class Trace:
     samples: tuple[float, ...]
 
 
-def trace(loss_fn, params, *, probes: int = 30, generator: torch.Generator | None = None, **options) -> Trace:
+def trace(
+    loss_fn,
+    params,
+    *,
+    probes: int = 30,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
+    **options,
+) -> Trace:
     """The Hessian's trace, from ``probes`` products with vectors z of random signs: E[z'Hz] = tr H.
 
-    Raises ``ValueError`` for fewer than 2 probes, which have no standard error.
+    With a ``tolerance`` it stops, after 5 probes at the earliest, when the standard error is at most that share of the
+    trace. Raises ``ValueError`` for fewer than 2 probes, which have no standard error, or a tolerance out of range.
     """
     if probes < 2:
         raise ValueError(f"probes={probes} must be at least 2: the standard error needs more than one")
-    samples = []
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance!r} must be a positive number, or None")
+    samples: list[float] = []
     with Hessian(loss_fn, params, **options) as hessian:
         for _ in range(probes):
             z = hessian.random(generator).sign_()
-            samples.append(dot(z, hessian.product(z)))
-    mean = sum(samples) / probes
-    variance = sum((s - mean) ** 2 for s in samples) / (probes - 1)
-    return Trace(mean, math.sqrt(variance / probes), tuple(samples))
+            samples.append(hessian.inner.dot(z, hessian.product(z)))
+            if tolerance is not None and len(samples) >= 5:
+                value, error = _mean_and_error(samples)
+                if error <= tolerance * abs(value):
+                    break
+    return Trace(*_mean_and_error(samples), tuple(samples))
+
+
+def _mean_and_error(samples: list[float]) -> tuple[float, float]:
+    n = len(samples)
+    mean = sum(samples) / n
+    return mean, math.sqrt(sum((s - mean) ** 2 for s in samples) / (n - 1) / n)
 
 
 @dataclass(frozen=True)
@@ -134,10 +159,10 @@ def spectral_density(
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma={sigma!r} must be positive")
     with Hessian(loss_fn, params, **options) as hessian:
-        steps = min(steps, hessian.numel)
+        steps = min(steps, hessian.inner.dimension or hessian.numel)
         nodes, weights = [], []
         for _ in range(probes):
-            space = Krylov(hessian.product, hessian.random(generator), steps)
+            space = Krylov(hessian.product, hessian.random(generator), steps, hessian.inner)
             for _ in range(steps):
                 space.extend()
             theta, s = space.ritz()

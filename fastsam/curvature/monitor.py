@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastsam.curvature.measure import alignment, perturbation
+from fastsam.curvature.measure import perturbation
 from fastsam.curvature.products import Hessian
 from fastsam.curvature.solvers import lanczos
 
@@ -111,8 +111,8 @@ class CurvatureMonitor:
         """One measurement, written nowhere."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
         with Hessian(loss_fn, params, model=self._model, **self._options) as hessian:
-            start = self._vector if self._vector is not None else hessian.random()
-            pairs = lanczos(hessian.product, start, 1, "largest", **self._solver)
+            start = self._vector if self._vector is not None else hessian.start()
+            pairs = lanczos(hessian.product, start, 1, "largest", **self._solver, inner=hessian.inner)
             self._options["method"] = hessian.method  # what "auto" came to
             self._vector = v = pairs.vectors[0]
             loss, g = hessian.gradient()
@@ -122,16 +122,16 @@ class CurvatureMonitor:
                 "top_eigenvalue": float(pairs.eigenvalues[0]),
                 "residual": float(pairs.residuals[0]),
                 "products": pairs.products,
-                "perturbation_alignment": alignment([e], [v]),
-                "gradient_alignment": alignment([g], [v]),
-                "gradient_norm": float(g.norm()),
-                "perturbation_norm": float(e.norm()),
+                "perturbation_alignment": _cosine(hessian, e, v),
+                "gradient_alignment": _cosine(hessian, g, v),
+                "gradient_norm": hessian.inner.norm(g),
+                "perturbation_norm": hessian.inner.norm(e),
                 "sam_gap": hessian.loss_at(e) - loss,
             }
 
     def _perturbation(self, hessian: Hessian, params: list[Tensor], g: Tensor) -> Tensor:
         if not hasattr(self._optimizer, "perturbed"):
-            return g * (self._rho / (float(g.norm()) + 1e-12))
+            return g * (self._rho / (hessian.inner.norm(g) + 1e-12))
         for p, part in zip(params, hessian.tensors(g), strict=True):
             p.grad = part.to(p.dtype) if p.requires_grad else None
         try:
@@ -143,6 +143,12 @@ class CurvatureMonitor:
     def _write(self, row) -> None:
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow(row)
+
+
+def _cosine(hessian: Hessian, a: Tensor, b: Tensor) -> float:
+    """|cos| of the angle between two vectors, as :func:`~fastsam.curvature.alignment` has it."""
+    lengths = hessian.inner.norm(a) * hessian.inner.norm(b)
+    return min(abs(hessian.inner.dot(a, b)) / lengths, 1.0) if lengths > 0 else 0.0
 
 
 def _reporter(writer) -> Callable[[dict], None]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fastsam.curvature.backward_calls import backward_calls
 from fastsam.curvature.frozen import Frozen
+from fastsam.distributed import local, local_gradient, processes
 
 
 class Passes:
@@ -29,7 +31,7 @@ class Passes:
         loss_scale: float,
     ) -> None:
         self._loss_fn, self._params, self._frozen = loss_fn, params, frozen
-        self._batches, self._closure, self._loss_scale = batches, closure, loss_scale
+        self._batches, self.closure, self.loss_scale = batches, closure, loss_scale
         self._watched = self._warned = False
         self._loss: float | None = None
 
@@ -43,7 +45,7 @@ class Passes:
         with self._watching(), torch.enable_grad():
             if self._batches is None:
                 loss = self._checked(self._loss_fn())
-                if any(p.grad is not None and bool(p.grad.any()) for p in self._params):
+                if any(p.grad is not None and bool(local(p.grad).any()) for p in self._params):
                     raise RuntimeError(
                         "loss_fn called backward() itself: return the loss before backward(), or say closure=True"
                     )
@@ -52,11 +54,18 @@ class Passes:
             for batch in self._batches:
                 yield self._checked(self._loss_fn(batch)), batch_size(batch)
 
+    def closure_losses(self, see: Callable[[Tensor], bool]) -> float:
+        """Evaluates the closure and returns its loss; ``see`` as for :func:`backward_calls`. Leaves its gradients."""
+        for p in self._params:
+            p.grad = None
+        with backward_calls(see):
+            return self._run_closure()
+
     def backward(self) -> float:
         """One pass: leaves the gradients in ``.grad`` and returns the loss."""
         for p in self._params:
             p.grad = None
-        if self._closure:
+        if self.closure:
             return self._run_closure()
         total = Mean()
         for loss, samples in self.losses():
@@ -71,14 +80,17 @@ class Passes:
     def add_gradients(self, out: Tensor, part: Callable[[Tensor, Tensor], Tensor], scale: float) -> None:
         """out <- out + scale g, and frees the gradients."""
         for p in self._params:
-            g, p.grad = p.grad, None
+            g, p.grad = local_gradient(p), None
             if g is not None:
                 g = g.to_dense() if g.layout != torch.strided else g
-                part(out, p).add_(g, alpha=scale / self._loss_scale)
+                part(out, p).add_(g, alpha=scale / self.loss_scale)
 
     def expect(self, loss: float, other: float, tolerance: float) -> None:
-        """Warns, once, if a loss is not what it must be unless the products are noise."""
-        if abs(loss - other) > tolerance and not self._warned:
+        """Warns, once, if a loss is not what it must be unless the products are noise.
+
+        Among several processes a loss is one's own and gradients are everybody's: they say nothing of each other.
+        """
+        if abs(loss - other) > tolerance and not self._warned and processes() == 1:
             self._warned = True
             warnings.warn(
                 "the loss changes between evaluations with the same weights and random generators, so the "

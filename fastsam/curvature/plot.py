@@ -1,4 +1,4 @@
-"""The paper's two panels: alignment and top eigenvalue over training, one line a method, a band over seeds."""
+"""Pictures: the paper's two panels, alignment and top eigenvalue over training, and the density of eigenvalues."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from fastsam.curvature.measure import SpectralDensity
 
 PANELS = (
     ("perturbation_alignment", "alignment of the perturbation\nwith the top eigenvector, |cos|"),
@@ -46,6 +48,19 @@ def draw_panels(runs: Mapping[str, Iterable[str | Path]], output: str | Path) ->
             axes.set_yscale("log")
             axes.set_ylim(bottom=lowest / 2)
         axes.legend(frameon=False)
+    figure.savefig(output, dpi=150)
+
+
+def draw_density(density: SpectralDensity, output: str | Path) -> None:
+    """Draws what :func:`~fastsam.curvature.spectral_density` found. Raises ``ImportError`` if matplotlib is missing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogy(density.grid, density.density.clamp_min(1e-7), color="black")
+    axes.set_ylim(bottom=1e-6)
+    axes.set_xlabel("eigenvalue of the Hessian")
+    axes.set_ylabel("density")
     figure.savefig(output, dpi=150)
 
 

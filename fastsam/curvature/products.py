@@ -13,16 +13,18 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from fastsam.curvature.differences import Differences
+from fastsam.curvature.exact import Exact, NoSecondDerivative
 from fastsam.curvature.frozen import Frozen
-from fastsam.curvature.passes import Mean, Passes
-from fastsam.curvature.solvers import dot
+from fastsam.curvature.inner import Inner
+from fastsam.curvature.passes import Passes
 from fastsam.curvature.vectors import Vectors
+from fastsam.distributed import data_parallel, processes
 from fastsam.flat import FlatSpace
 
 METHODS = ("auto", "exact", "finite-difference")
@@ -62,7 +64,8 @@ class Hessian:
             then the mean of the batches' losses, weighted by their numbers of samples: with losses that are means
             over samples, that of all the data, in the memory of one batch.
         method: ``"auto"``, ``"exact"`` or ``"finite-difference"``.
-        closure: ``loss_fn`` is a closure as optimizers take it, which does the backward pass itself.
+        closure: ``loss_fn`` is a closure as optimizers take it, which does the backward pass itself. H is then that of
+            what it calls ``backward()`` on: the sum of these losses, if there are several.
         loss_scale: what a closure's backward pass multiplies the loss by (``GradScaler.get_scale()``).
         radius: length of a finite difference's move, in the units of the weights; None for the rule of
             ``fastsam.curvature.differences``.
@@ -103,8 +106,8 @@ class Hessian:
             raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
         if radius is not None and not 0 < radius < math.inf:
             raise ValueError(f"radius={radius!r} must be a positive number, or None")
-        if closure and (method == "exact" or batches is not None):
-            raise ValueError("a closure runs its own backward: it allows neither method='exact' nor batches")
+        if closure and batches is not None:
+            raise ValueError("a closure takes no batch: closure=True and batches exclude each other")
         if batches is not None and iter(batches) is batches:
             raise TypeError(
                 f"batches is a {type(batches).__name__}, which can be iterated over only once: give a list or a loader"
@@ -115,22 +118,24 @@ class Hessian:
         self._trainable = self._vectors.trainable
         self._frozen = Frozen(self._trainable, model, eval_mode)
         self._passes = Passes(loss_fn, self._trainable, self._frozen, batches, closure, loss_scale)
+        self._replicas = None if model is None else data_parallel(model)
+        self._exact = Exact(self._vectors, self._passes)
         self._differences = Differences(self._vectors, self._passes, self._frozen, radius, spaces)
-        self.method = "finite-difference" if closure else method
-        self._graph: tuple | None = None
+        self.method = method
         self._open = False
         #: products so far
         self.products = 0
 
     def __enter__(self) -> Hessian:
-        if self.method == "auto" and _reduces_gradients(self._frozen):
-            self._fall_back("gradients are reduced over several processes, which only backward() does")
+        if self.method == "auto" and self._replicas is None and processes() > 1:
+            self._fall_back("gradients may be reduced over several processes, which only backward() does")
         self._frozen.__enter__()
         self._open = True
         return self
 
     def __exit__(self, *exception) -> None:
-        self._open, self._graph = False, None
+        self._open = False
+        self._exact.forget()
         self._frozen.__exit__(*exception)
 
     @property
@@ -140,8 +145,13 @@ class Hessian:
 
     @property
     def numel(self) -> int:
-        """n, the number of weights that require gradients."""
+        """n, the number of weights that require gradients; of those that this process holds, if they are sharded."""
         return self._vectors.numel
+
+    @property
+    def inner(self) -> Inner:
+        """The inner product of the vectors, over all the processes that hold parts of them."""
+        return self._vectors.inner
 
     def flat(self, tensors: Iterable[Tensor]) -> Tensor:
         """One vector (n,) from a tensor for each parameter; raises ``ValueError`` for wrong numbers or shapes."""
@@ -154,6 +164,25 @@ class Hessian:
     def random(self, generator: torch.Generator | None = None) -> Tensor:
         """A standard normal vector (n,). It is drawn on the CPU, so a seed means the same on every device."""
         return self._vectors.random(generator)
+
+    def start(self, generator: torch.Generator | None = None) -> Tensor:
+        """A vector (n,) for Lanczos to start from: noise of length 1 and a tenth of the gradient's direction.
+
+        A gradient is strong in the eigenvectors of large eigenvalues, which saves products; a tenth is enough for that.
+        The noise finds the top one where the gradient has next to nothing of it. It costs a gradient, or nothing where
+        the first exact product needs the same one.
+        """
+        self._check_open()
+        x = self.random(generator)
+        x.div_(self.inner.norm(x))
+        g = None
+        if self.method != "finite-difference" and self._replicas is None:
+            with contextlib.suppress(NoSecondDerivative):  # product() will say so
+                g = self._exact.gradient()
+        if g is None:
+            _, g = self.gradient()
+        length = self.inner.norm(g)
+        return x.add_(g, alpha=0.1 / length) if 0 < length < math.inf else x
 
     def radius(self) -> float:
         """Length of the next finite difference's move, in the units of the weights."""
@@ -168,7 +197,7 @@ class Hessian:
             raise ValueError(f"the vector has shape {tuple(v.shape)}: it must be ({self.numel},)")
         h = self._product(v)
         self.products += 1
-        if not math.isfinite(dot(h, h)):
+        if not math.isfinite(self.inner.dot(h, h)):
             raise FloatingPointError(
                 "a Hessian-vector product is not finite: check the weights, the vector, the batch and the loss"
             )
@@ -191,6 +220,29 @@ class Hessian:
             p.grad = None
         return loss
 
+    def _exact_product(self, v) -> Tensor:
+        h = failure = None
+        try:
+            with self._each_alone():
+                h = self._exact.product(v)
+        except NoSecondDerivative as error:
+            failure = error
+        if self._replicas is not None:  # one without a product (no memory, say) is one too few for the mean
+            failures = torch.tensor([float(failure is not None)], device=self._vectors.device)
+            torch.distributed.all_reduce(failures, group=self._replicas.process_group)
+            if failures.item() and failure is None:
+                failure = NoSecondDerivative("another process found none")
+        if failure is not None:
+            raise failure
+        if self._replicas is not None:
+            torch.distributed.all_reduce(h, group=self._replicas.process_group)
+            h /= torch.distributed.get_world_size(self._replicas.process_group)
+        return h
+
+    def _each_alone(self) -> contextlib.AbstractContextManager:
+        """Every replica of a DistributedDataParallel model forms exact products of its own loss, then the mean."""
+        return contextlib.nullcontext() if self._replicas is None else self._replicas.no_sync()
+
     def _check_open(self) -> None:
         if not self._open:
             raise RuntimeError("a Hessian is used in a with statement: with Hessian(...) as hessian: ...")
@@ -204,72 +256,16 @@ class Hessian:
         if self.method == "finite-difference":
             return self._differences.product(v)
         try:
-            h = self._exact(v)
+            h = self._exact_product(v)
             self.method = "exact"
             return h
-        except _NoSecondDerivative as error:
-            self._graph = None
+        except NoSecondDerivative as error:
+            self._exact.forget()
             if self.method == "exact":
+                if isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise error.__cause__ from None
                 raise RuntimeError(
                     f"the loss has no second derivative ({error}): use method='finite-difference'"
                 ) from error
             self._fall_back(str(error))
         return self._differences.product(v)
-
-    def _exact(self, v: Tensor | dict[Tensor, Tensor]) -> Tensor:
-        out = self._vectors.zeros()
-        vectors = [self._vectors.part(v, p) for p in self._trainable]
-        if self._passes.one_batch:
-            if self._graph is None:
-                for loss, _ in self._passes.losses():
-                    self._graph = self._gradient_graph(loss)
-            self._add_products(out, self._graph, vectors, 1.0, keep=True)
-            return out
-        mean = Mean()
-        for loss, samples in self._passes.losses():
-            mean.add(loss, samples)
-            self._add_products(out, self._gradient_graph(loss), vectors, samples, keep=False)
-        self._passes.expect_same(mean.value)
-        return out.div_(mean.samples)
-
-    def _gradient_graph(self, loss: Tensor) -> tuple:
-        with _second_derivative():
-            return torch.autograd.grad(loss, self._trainable, create_graph=True, allow_unused=True)
-
-    def _add_products(self, out: Tensor, gradients: tuple, vectors: list[Tensor], scale: float, keep: bool) -> None:
-        # A loss that is linear in all the weights has gradients that depend on none: H is zero.
-        used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        if not used:
-            return
-        with _second_derivative():
-            products = torch.autograd.grad(
-                [gradients[i] for i in used],
-                self._trainable,
-                [vectors[i].to(gradients[i]) for i in used],
-                retain_graph=keep,
-                allow_unused=True,
-            )
-        for p, h in zip(self._trainable, products, strict=True):
-            if h is not None:
-                self._vectors.part(out, p).add_(h, alpha=scale)
-
-
-class _NoSecondDerivative(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def _second_derivative() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise _NoSecondDerivative(str(error)) from error
-
-
-def _reduces_gradients(frozen: Frozen) -> bool:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return True
-    return isinstance(frozen.model, nn.parallel.DistributedDataParallel)

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsam.curvature.inner import LOCAL, Inner
+
 #: Which eigenvalues :func:`lanczos` looks for.
 ENDS = ("largest", "smallest", "both", "magnitude")
 
-_BLOCK = 1 << 18  # elements that a sum forms in the vectors' precision before it goes on in float64
+_BLOCK = 1 << 18  # elements of a block in a restart
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class Eigenpairs:
 
 
 def power_iteration(
-    product: Callable[[Tensor], Tensor], start: Tensor, products: int = 100, tolerance: float | None = 1e-2
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    products: int = 100,
+    tolerance: float | None = 1e-2,
+    inner: Inner = LOCAL,
 ) -> Eigenpairs:
     """The eigenpair of largest |lambda|: v <- Hv / sqrt(||Hv||^2 + 1e-12), as the authors of Eigen-SAM have it.
 
@@ -55,16 +61,16 @@ def power_iteration(
 
     Raises ``ValueError`` for arguments out of range, ``FloatingPointError`` for a product that is not finite.
     """
-    _check(start, products, tolerance)
+    _check(start, products, tolerance, inner)
     v, eigenvalue, residual, made = start, 0.0, math.inf, 0
     del start  # not needed once v has moved on
     while made < products:
         h = product(v)
         made += 1
-        vv, vh, hh = dot(v, v), dot(v, h), dot(h, h)
+        vv, vh, hh = inner.dot(v, v), inner.dot(v, h), inner.dot(h, h)
         _check_finite(hh)
         eigenvalue = vh / vv if vv > 0 else 0.0
-        residual = _relative(_distance(h, v, eigenvalue) / math.sqrt(vv) if vv > 0 else 0.0, eigenvalue)
+        residual = _relative(inner.distance(h, v, eigenvalue) / math.sqrt(vv) if vv > 0 else 0.0, eigenvalue)
         v = h.div_(math.sqrt(hh + 1e-12))
         if hh == 0 or (tolerance is not None and residual <= tolerance):
             break
@@ -80,6 +86,7 @@ def lanczos(
     products: int = 100,
     tolerance: float | None = 1e-2,
     basis: int | None = None,
+    inner: Inner = LOCAL,
 ) -> Eigenpairs:
     """``k`` eigenpairs from an end of the spectrum, by Lanczos with full re-orthogonalisation.
 
@@ -94,11 +101,12 @@ def lanczos(
             dtype's precision cannot improve; None to use all ``products``.
         basis: vectors kept at once, which is what Lanczos costs in memory; at least 2 more than the pairs. Default
             30 more than the pairs.
+        inner: the inner product, where several processes hold a vector together.
 
     Raises ``ValueError`` for arguments out of range, ``FloatingPointError`` for a product that is not finite.
     """
-    _check(start, products, tolerance)
-    n = start.numel()
+    _check(start, products, tolerance, inner)
+    n = inner.dimension or start.numel()
     if which not in ENDS:
         raise ValueError(f"which={which!r} is unknown: choose one of {', '.join(ENDS)}")
     wanted = 2 * k if which == "both" else k
@@ -108,7 +116,7 @@ def lanczos(
         raise ValueError(f"products={products} must be at least the {wanted} eigenpairs that are wanted")
     if basis is not None and basis < wanted + 2:
         raise ValueError(f"basis={basis} must be at least 2 more than the {wanted} eigenpairs that are wanted")
-    space = Krylov(product, start, min(basis or wanted + 30, products, n))
+    space = Krylov(product, start, min(basis or wanted + 30, products, n), inner)
     del start
     while True:
         space.extend()
@@ -136,14 +144,14 @@ class Krylov:
     At any time HQ = QT + beta q e', with q the next basis vector and e the last unit vector.
     """
 
-    def __init__(self, product: Callable[[Tensor], Tensor], start: Tensor, rows: int) -> None:
-        self._product = product
+    def __init__(self, product: Callable[[Tensor], Tensor], start: Tensor, rows: int, inner: Inner = LOCAL) -> None:
+        self._product, self._inner = product, inner
         self.vectors = torch.empty(rows, start.numel(), dtype=start.dtype, device=start.device)
         self.size = 0
         self.products = 0
         self.beta = 0.0
         self._t = torch.zeros(rows, rows, dtype=torch.float64)
-        length = math.sqrt(dot(start, start))
+        length = inner.norm(start)
         if not (0 < length < math.inf):
             raise ValueError("the start vector of Lanczos must be finite and not zero")
         self._next = start / length
@@ -158,15 +166,15 @@ class Krylov:
         self.products += 1
         self.size = j + 1
         basis = self.vectors[: self.size]
-        column = torch.mv(basis, h)
+        column = self._inner.project(basis, h)
         _check_finite(float(column.sum()))
         h.addmv_(basis.T, column, alpha=-1)
-        again = torch.mv(basis, h)
+        again = self._inner.project(basis, h)
         h.addmv_(basis.T, again, alpha=-1)
         column = (column.double() + again.double()).cpu()
         self._t[: self.size, j] = column
         self._t[j, : self.size] = column
-        self.beta = math.sqrt(dot(h, h))
+        self.beta = self._inner.norm(h)
         _check_finite(self.beta)
         scale = float(self._t[: self.size, : self.size].abs().max())
         if self.beta <= 10 * torch.finfo(h.dtype).eps * scale:
@@ -174,8 +182,8 @@ class Krylov:
             self.beta = 0.0
             h = torch.randn_like(h)
             for _ in range(3):
-                h.addmv_(basis.T, torch.mv(basis, h), alpha=-1)
-                h /= max(math.sqrt(dot(h, h)), 1e-30)
+                h.addmv_(basis.T, self._inner.project(basis, h), alpha=-1)
+                h /= max(self._inner.norm(h), 1e-30)
             self._next = h
         else:
             self._next = h.div_(self.beta)
@@ -198,21 +206,6 @@ class Krylov:
         self._t.zero_()
         self._t[range(len(keep)), range(len(keep))] = theta[keep]
         self.size = len(keep)
-
-
-def dot(x: Tensor, y: Tensor) -> float:
-    """<x, y> of two vectors, in float64 from blocks summed in their own precision."""
-    if x.numel() <= _BLOCK:
-        return float(torch.dot(x, y))
-    return float(
-        torch.stack([torch.dot(a, b) for a, b in zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)]).double().sum()
-    )
-
-
-def _distance(x: Tensor, y: Tensor, scale: float) -> float:
-    """||x - scale y||, without a third vector."""
-    blocks = zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
-    return math.sqrt(sum(float((a - scale * b).square().sum()) for a, b in blocks))
 
 
 def _select(theta: Tensor, k: int, which: str) -> list[int]:
@@ -239,8 +232,8 @@ def _column(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _check(start: Tensor, products: int, tolerance: float | None) -> None:
-    if start.ndim != 1 or start.numel() == 0:
+def _check(start: Tensor, products: int, tolerance: float | None, inner: Inner) -> None:
+    if start.ndim != 1 or (start.numel() == 0 and inner is LOCAL):
         raise ValueError(f"the start vector has shape {tuple(start.shape)}: it must be one flat vector, not empty")
     if products < 1:
         raise ValueError(f"products={products} must be at least 1")

@@ -19,8 +19,9 @@ def run(output: Path, seeds: int = 3, epochs: int | None = None, quick: bool = F
     """Train a small vision transformer and a small ResNet with four methods and several seeds; compare them.
 
     Trains as many runs at once as there are processors, each on one thread, and shows progress. At the end it
-    prints a table and writes into the folder ``output``: ``training_curves.png``, ``results.json`` (every raw
-    number, the settings and the machine) and ``table.md``.
+    prints a table and writes into the folder ``output``: ``training_curves.png``; ``curvature.png``, the two panels of
+    the Eigen-SAM paper, alignment and top eigenvalue over training, from the files in ``curvature``; ``results.json``
+    (every raw number, the settings and the machine) and ``table.md``.
 
     Args:
         output: folder for the results; made if it is not there.
@@ -51,13 +52,17 @@ def run(output: Path, seeds: int = 3, epochs: int | None = None, quick: bool = F
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
-    results = experiment.run(console, 1 if quick else seeds, epochs, quick)
+    results = experiment.run(console, 1 if quick else seeds, epochs, quick, output / "curvature")
 
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (output / "table.md").write_text(report.markdown_table(results))
     report.draw(results, output / "training_curves.png")
+    written = ["training_curves.png", "results.json", "table.md"]
+    if any(run["curvature"] for run in results["runs"]):
+        report.draw_curvature(results, output / "curvature", output / "curvature.png")
+        written.insert(1, "curvature.png")
     report.print_table(results, console)
-    for name in ("training_curves.png", "results.json", "table.md"):
+    for name in written:
         console.print(f"wrote {output / name}", highlight=False, soft_wrap=True)
     return results
 

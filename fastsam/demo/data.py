@@ -20,9 +20,13 @@ class Digits:
     test_labels: Tensor
     sharpness_size: int
 
-    def sharpness_subset(self) -> tuple[Tensor, Tensor]:
-        """The training images and (noisy) labels on which sharpness is measured: always the same."""
-        return self.train_images[: self.sharpness_size], self.train_labels[: self.sharpness_size]
+    def sharpness_subset(self, size: int | None = None) -> tuple[Tensor, Tensor]:
+        """The training images and (noisy) labels on which sharpness is measured: always the same.
+
+        ``size`` of them, by default ``sharpness_size``.
+        """
+        size = self.sharpness_size if size is None else size
+        return self.train_images[:size], self.train_labels[:size]
 
 
 @cache

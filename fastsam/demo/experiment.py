@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -18,7 +19,7 @@ import fastsam
 
 from . import settings
 from .data import load
-from .settings import DataSettings, ModelSettings
+from .settings import CurvatureSettings, DataSettings, ModelSettings
 from .train import Run, train
 
 
@@ -33,20 +34,35 @@ class Job:
     data: DataSettings
     seed: int
     bar: int
+    curvature: tuple[CurvatureSettings, Path] | None
 
 
-def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
-    """Train every model with every method and seed; returns all of it in JSON's types."""
+def run(console: Console, seeds: int, epochs: int | None, quick: bool, folder: Path) -> dict:
+    """Train every model with every method and seed; returns all of it in JSON's types.
+
+    ``folder`` gets the CSV files of the curvature.
+    """
     models = settings.QUICK_MODELS if quick else settings.MODELS
     methods = settings.QUICK_METHODS if quick else settings.METHODS
     data = settings.QUICK_DATA if quick else settings.DATA
+    curvature = settings.QUICK_CURVATURE if quick else settings.CURVATURE
     if epochs is not None:
         models = {name: replace(model, epochs=epochs) for name, model in models.items()}
 
+    watched = [(curvature.model, method) for method in curvature.methods]
     bars = [(model, method) for model in models for method in methods]
     # The long runs come first, so that the processors finish at about the same time.
     jobs = [
-        Job(model, models[model], method, options, data, seed, bars.index((model, method)))
+        Job(
+            model,
+            models[model],
+            method,
+            options,
+            data,
+            seed,
+            bars.index((model, method)),
+            (curvature, curvature_file(folder, model, method, seed)) if (model, method) in watched else None,
+        )
         for model in models
         for seed in range(seeds)
         for method, options in methods.items()
@@ -74,7 +90,8 @@ def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
             "methods": methods,
             "data": asdict(data),
             "sharpness_rho": settings.SHARPNESS_RHO,
-            "power_iterations": settings.POWER_ITERATIONS,
+            "sharpness_tolerance": settings.SHARPNESS_TOLERANCE,
+            "curvature": asdict(curvature),
             "seeds": seeds,
             "runs_at_once": workers,
             "threads_a_run": 1,
@@ -83,6 +100,10 @@ def run(console: Console, seeds: int, epochs: int | None, quick: bool) -> dict:
         "seconds": round(perf_counter() - start, 1),
         "runs": [asdict(r) for r in runs],
     }
+
+
+def curvature_file(folder: Path, model: str, method: str, seed: int) -> Path:
+    return folder / f"{model}-{method}-{seed}.csv"
 
 
 def _here(jobs: list[Job], progress: Progress, tasks: list) -> Iterator[Run]:
@@ -128,7 +149,7 @@ def _train_in_worker(job: Job) -> Run:
 
 
 def _train(job: Job, on_epoch) -> Run:
-    return train(job.model, job.settings, job.method, job.options, load(job.data), job.seed, on_epoch)
+    return train(job.model, job.settings, job.method, job.options, load(job.data), job.seed, on_epoch, job.curvature)
 
 
 @contextmanager

@@ -9,6 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastsam.curvature import draw_panels
+
+from .experiment import curvature_file
+
 HEADERS = (
     "model",
     "method",
@@ -56,8 +60,8 @@ def caption(results: dict) -> str:
         "; ".join([*models, *methods]),
         "SGD with momentum under every method; settings from a short search with one seed on the same split",
         f"Sharpness is that of the training loss, in nats, on {data['sharpness_size']} fixed images at the "
-        "final weights in eval mode: the Hessian's eigenvalue of largest magnitude, by "
-        f"{chosen['power_iterations']} power iterations, and as loss rise L(w + e) - L(w) for e of length "
+        "final weights in eval mode: the Hessian's eigenvalue of largest magnitude, by Lanczos to a relative residual "
+        f"of {chosen['sharpness_tolerance']}, and as loss rise L(w + e) - L(w) for e of length "
         f"{chosen['sharpness_rho']} along the gradient",
         "Times are medians: a step is its forward and backward passes and the optimizer, whose share "
         "(optim.) is first_step + second_step, or SGD's step + zero_grad; train is the sum of a run's steps"
@@ -123,6 +127,15 @@ def draw(results: dict, path: Path) -> None:
         frameon=False,
     )
     figure.savefig(path, metadata={"Software": "fastsam"})
+
+
+def draw_curvature(results: dict, folder: Path, path: Path) -> None:
+    """The two panels of the Eigen-SAM paper: alignment and top eigenvalue over training, with a 95 % band."""
+    chosen = results["settings"]["curvature"]
+    model = chosen["model"]
+    seeds = {method: [run["seed"] for run in _select(results, model, method)] for method in chosen["methods"]}
+    files = {m: [curvature_file(folder, model, m, seed) for seed in seeds[m]] for m in seeds if seeds[m]}
+    draw_panels(files, path)
 
 
 def _curve(ax, curves: list[list[float]], method: str) -> None:

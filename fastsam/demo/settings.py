@@ -52,10 +52,23 @@ DATA = DataSettings()
 
 # Sharpness is measured alike for all methods, whatever radius they trained with.
 SHARPNESS_RHO = 0.05
-POWER_ITERATIONS = 15
+SHARPNESS_TOLERANCE = 1e-2
 
+
+@dataclass(frozen=True)
+class CurvatureSettings:
+    """The panels: alignment and top eigenvalue every ``every`` steps of some runs, from the first ``images`` ones."""
+
+    model: str
+    methods: tuple[str, ...]
+    every: int
+    images: int
+
+
+CURVATURE = CurvatureSettings("ViT", ("SGD", "SAM", "Eigen-SAM"), every=36, images=128)
 
 # Two epochs of four steps: enough to run every line, not to learn.
 QUICK_MODELS = {name: replace(model, epochs=2, batch_size=32) for name, model in MODELS.items()}
 QUICK_METHODS = {**METHODS, "Eigen-SAM": {**METHODS["Eigen-SAM"], "freq": 3}}
+QUICK_CURVATURE = replace(CURVATURE, every=4, images=32)
 QUICK_DATA = replace(DATA, train_size=128, sharpness_size=32)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsam import SAM, EigenSAM, FriendlySAM
+from fastsam.curvature import CurvatureMonitor, Hessian, top_eigenpairs
 
 from .data import Digits
-from .settings import POWER_ITERATIONS, SHARPNESS_RHO, ModelSettings
-from .sharpness import loss_rise, top_hessian_eigenvalue
+from .settings import SHARPNESS_RHO, SHARPNESS_TOLERANCE, CurvatureSettings, ModelSettings
 
 OPTIMIZERS = {"SGD": torch.optim.SGD, "SAM": SAM, "F-SAM": FriendlySAM, "Eigen-SAM": EigenSAM}
 
@@ -25,7 +26,8 @@ class Run:
 
     Losses are cross-entropies in nats on the training labels, accuracies shares of the test set, times in
     milliseconds. ``optimizer_ms`` is the part of ``step_ms`` spent in ``first_step`` and ``second_step``, or
-    in SGD's ``step`` and ``zero_grad``; ``eigenvector_ms`` is Eigen-SAM's power iterations.
+    in SGD's ``step`` and ``zero_grad``; ``eigenvector_ms`` is Eigen-SAM's power iterations. ``curvature`` holds the
+    rows of a :class:`~fastsam.curvature.CurvatureMonitor`.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Run:
     top_eigenvalue: float = math.nan
     eigenvalue_residual: float = math.nan
     loss_rise: float = math.nan
+    curvature: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def training_seconds(self) -> float:
@@ -55,8 +58,11 @@ def train(
     data: Digits,
     seed: int,
     on_epoch: Callable[[], None] = lambda: None,
+    curvature: tuple[CurvatureSettings, Path] | None = None,
 ) -> Run:
     """Train one model with one method and measure it; ``on_epoch`` is called after every epoch.
+
+    ``curvature``, if given, has the run's curvature measured while it trains, into a CSV file.
 
     The seed fixes the initial weights and the order of the batches, the same for every method. The global
     random generator is left as it was.
@@ -71,15 +77,18 @@ def train(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             getattr(optimizer, "base_optimizer", optimizer), _warmup_then_cosine(steps)
         )
+        monitor = _monitor(model, optimizer, settings, data, steps, run, curvature)
         for _ in range(settings.epochs):
             loss = 0.0
             for images, labels in _shuffled(data, settings.batch_size, batches):
+                monitor()
                 loss += _step(model, optimizer, images, labels, run)
                 schedule.step()
             run.train_loss.append(loss * settings.epochs / steps)
             run.test_accuracy.append(_accuracy(model, data.test_images, data.test_labels))
             on_epoch()
-    _measure_sharpness(model, data, run)
+        monitor()
+    measure_sharpness(model, data, run)
     return run
 
 
@@ -146,17 +155,49 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, la
     return loss.item()
 
 
-def _measure_sharpness(model: nn.Module, data: Digits, run: Run) -> None:
+def _monitor(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: ModelSettings,
+    data: Digits,
+    steps: int,
+    run: Run,
+    curvature: tuple[CurvatureSettings, Path] | None,
+) -> Callable[[], None]:
+    """What is called before each step and at the end, and measures the curvature when it is due."""
+    if curvature is None:
+        return lambda: None
+    chosen, path = curvature
+    path.unlink(missing_ok=True)
+    images, labels = data.sharpness_subset(chosen.images)
+    measure = CurvatureMonitor(
+        optimizer, path, min(chosen.every, steps), model=model, method="exact", eval_mode=True, rho=settings.rho
+    )
+
+    def monitor() -> None:
+        row = measure(lambda: F.cross_entropy(model(images), labels))
+        if row is not None:
+            run.curvature.append(row)
+
+    return monitor
+
+
+def measure_sharpness(model: nn.Module, data: Digits, run: Run) -> None:
     """Sharpness at the final weights, in eval mode, of the training loss on the fixed subset."""
     model.eval()
     images, labels = data.sharpness_subset()
-    params = [p for p in model.parameters() if p.requires_grad]
 
     def loss_fn() -> Tensor:
         return F.cross_entropy(model(images), labels)
 
-    run.top_eigenvalue, run.eigenvalue_residual = top_hessian_eigenvalue(loss_fn(), params, POWER_ITERATIONS)
-    run.loss_rise = loss_rise(loss_fn, params, SHARPNESS_RHO)
+    pairs = top_eigenpairs(
+        loss_fn, model, which="magnitude", tolerance=SHARPNESS_TOLERANCE, method="exact",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    run.top_eigenvalue, run.eigenvalue_residual = float(pairs.eigenvalues[0]), float(pairs.residuals[0])
+    with Hessian(loss_fn, model) as hessian:
+        loss, gradient = hessian.gradient()
+        run.loss_rise = hessian.loss_at(gradient * (SHARPNESS_RHO / gradient.norm())) - loss
 
 
 def _shuffled(data: Digits, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

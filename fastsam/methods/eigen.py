@@ -25,8 +25,10 @@ from torch import Tensor
 
 from fastsam.checks import at_least
 from fastsam.curvature.products import METHODS, Hessian
-from fastsam.curvature.solvers import Eigenpairs, dot, lanczos, power_iteration
+from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
+from fastsam.distributed import local, placed_like, processes
 from fastsam.optimizer import NORM_EPSILON, SharpnessAware
+from fastsam.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Estimate:
         products: Hessian-vector products of one estimate, at most; >= 1. Each costs about two gradients. Lanczos
             keeps as many vectors in memory.
         tolerance: relative residual at which an estimate may stop earlier, or None.
-        warm_start: go on from the previous vector, or start from noise each time.
-        method: how products are formed where the loss itself is at hand: ``"auto"``, ``"exact"`` or
-            ``"finite-difference"``. ``step(closure)`` always takes finite differences.
+        warm_start: go on from the previous vector, or start each time anew: from noise, Lanczos with some gradient.
+        method: how products are formed: ``"exact"`` as the authors do, ``"finite-difference"``, or ``"auto"``: exact,
+            and by differences, with a warning, where there is no second derivative or no memory for it.
         eval_mode: modules are in eval mode meanwhile. None is the authors' way in ``update_eigenvector``, eval mode
             if the model is given, and leaves them in their mode in ``step(closure)``.
     """
@@ -64,6 +66,7 @@ class Estimate:
             raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}")
 
 
+@untraced
 class EigenSAM(SharpnessAware):
     """Eigen-SAM around any ``torch.optim`` optimizer.
 
@@ -130,6 +133,20 @@ class EigenSAM(SharpnessAware):
         at_least(0, "rho", group["rho"])
         at_least(0, "alpha", group["alpha"])
 
+    def state_dict(self):
+        """:meth:`SAM.state_dict`; before the first estimate v is zero there, as every checkpoint has the same keys.
+
+        Such zeros take no memory until they are loaded, and a step with them is SAM's.
+        """
+        found = super().state_dict()
+        order = [i for group in found["param_groups"] for i in group["params"]]
+        for i, (p, perturb) in zip(order, self._params(), strict=True):
+            entry = found["state"].get(i, {})
+            if perturb and p.requires_grad and "eigenvector" not in entry:
+                nothing = placed_like(p, local(p).new_zeros(()).expand_as(local(p)))
+                found["state"][i] = {**entry, "eigenvector": nothing}
+        return found
+
     def second_step(self, zero_grad=False, **options):
         super().second_step(zero_grad, **options)
         self.param_groups[0]["steps"] += 1
@@ -147,8 +164,9 @@ class EigenSAM(SharpnessAware):
     def step(self, closure=None, estimate_closure: Callable | None = None, **options):
         """:meth:`SAM.step`, which first refreshes the eigenvector when that is due.
 
-        The estimate's gradients are those of ``estimate_closure``, which may take a smaller batch, or of ``closure``
-        itself: twice for each product. An estimate that meets a NaN or an infinity is a warning, and the vector stays.
+        Its products are those of what ``estimate_closure``, which may take a smaller batch, or else ``closure`` calls
+        ``backward()`` on: exact ones from a single evaluation, finite differences from two for each product (see
+        :class:`Estimate`). An estimate that meets a NaN or an infinity is a warning, and the vector stays.
         """
         if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
             self._refresh(estimate_closure or closure, options)
@@ -159,6 +177,15 @@ class EigenSAM(SharpnessAware):
         if closure is not None and not self._perturbed and self.eigenvector_due():
             self._refresh(estimate_closure or closure, options)
         return super().finish(closure, **options)
+
+    def accumulate(self, closure, estimate_closure: Callable | None = None, **options):
+        """:meth:`SAM.accumulate`, which first refreshes the eigenvector when that is due, as :meth:`step` does.
+
+        That is before the first micro-batch of a step, from its closure.
+        """
+        if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
+            self._refresh(estimate_closure or closure, options)
+        return super().accumulate(closure, **options)
 
     def update_eigenvector(self, loss_fn, model: torch.nn.Module | None = None) -> None:
         """Estimates v, by default with five power steps of exact Hessian-vector products from the previous v.
@@ -174,12 +201,7 @@ class EigenSAM(SharpnessAware):
         if self._perturbed:
             raise RuntimeError("update_eigenvector() between first_step() and second_step(): call it before the step")
         eval_mode = self.estimate.eval_mode
-        method = self.estimate.method
-        if method == "auto" and self._no_second_derivative:
-            method = "finite-difference"
-        hessian = self._hessian(loss_fn, model, model is not None if eval_mode is None else eval_mode, method=method)
-        self._estimate(hessian)
-        self._no_second_derivative |= method == "auto" and hessian.method == "finite-difference"
+        self._estimate(self._hessian(loss_fn, model, model is not None if eval_mode is None else eval_mode))
 
     def _refresh(self, closure, options: dict) -> None:
         scaler, model = options.get("grad_scaler"), options.get("model")
@@ -191,23 +213,35 @@ class EigenSAM(SharpnessAware):
             warnings.warn(f"the eigenvector was not refreshed: {error}", RuntimeWarning, stacklevel=3)
 
     def _hessian(self, loss_fn, model, eval_mode: bool, **options) -> Hessian:
+        method = self.estimate.method
+        if method == "auto" and self._no_second_derivative:
+            method = "finite-difference"  # as it was said
         params = [p for p, perturb in self._params() if perturb and p.requires_grad]
         self._spaces.refresh(self.param_groups, self.state)
         spaces = [space for space in self._spaces if space.perturbed]
-        return Hessian(loss_fn, params, model=model, eval_mode=eval_mode, spaces=spaces, **options)
+        return Hessian(loss_fn, params, method=method, model=model, eval_mode=eval_mode, spaces=spaces, **options)
 
     def _estimate(self, hessian: Hessian) -> None:
         chosen = self.estimate
         with hessian:
-            start = self._start(hessian)
+            # The start vector has no name here: its memory is free once a solver has moved on.
             if chosen.solver == "power":
-                pairs = power_iteration(hessian.product, start, chosen.products, chosen.tolerance)
+                pairs = power_iteration(
+                    hessian.product, self._start(hessian), chosen.products, chosen.tolerance, hessian.inner
+                )
             else:
-                pairs = lanczos(hessian.product, start, 1, "largest", chosen.products, chosen.tolerance)
+                pairs = lanczos(
+                    hessian.product,
+                    self._start(hessian),
+                    products=chosen.products,
+                    tolerance=chosen.tolerance,
+                    inner=hessian.inner,
+                )
             v = pairs.vectors[0]
             if pairs.eigenvalues[0] == 0:  # a zero Hessian has no direction to offer: the step is SAM's
                 v = torch.zeros_like(v)
             estimate = dict(zip(hessian.params, hessian.tensors(v), strict=True))
+        self._no_second_derivative |= chosen.method == "auto" and hessian.method == "finite-difference"
         self.last_estimate = dataclasses.replace(pairs, vectors=None)
         self.eigenvector = [estimate.get(p, torch.zeros_like(p)) for p, _ in self._params()]
         if pairs.eigenvalues[0] < 0 and chosen.solver == "power" and not self._warned_of_sign:
@@ -224,8 +258,12 @@ class EigenSAM(SharpnessAware):
         if previous is not None:
             values = dict(zip((p for p, _ in self._params()), previous, strict=True))
             start = hessian.flat([values[p] for p in hessian.params])
-            if dot(start, start) > 0:
+            if hessian.inner.dot(start, start) > 0:
                 return start
+        if self.estimate.solver == "lanczos":
+            return hessian.start()
+        if processes() > 1:
+            return hessian.random()
         return hessian.flat([torch.randn_like(p) for p in hessian.params])
 
     @property
@@ -246,6 +284,7 @@ class EigenSAM(SharpnessAware):
     @eigenvector.setter
     @torch.no_grad()
     def eigenvector(self, v) -> None:
+        self._forget_empty_state()
         params = self._params()
         if v is None:
             for p, _ in params:

@@ -1,0 +1,49 @@
+"""The demo's result for the README: runs ``fastsam demo``, keeps its numbers and picture, rewrites the README's table.
+
+python -m benchmarks.demo            # some two minutes on two quiet cores
+python -m benchmarks.demo --check    # runs nothing; exit 1 if the README's table is not that of the kept result
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from fastsam import demo
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if the README's table is out of date")
+    options = parser.parse_args(arguments)
+    if not options.check:
+        with tempfile.TemporaryDirectory() as folder:
+            demo.run(Path(folder))
+            shutil.copy(Path(folder) / "results.json", RESULTS / "demo.json")
+            shutil.copy(Path(folder) / "curvature.png", RESULTS / "demo-curvature.png")
+    current = README.read_text()
+    updated = with_demo_block(current, json.loads((RESULTS / "demo.json").read_text()))
+    if options.check:
+        if updated != current:
+            print(f"{README}: the demo's table is not that of {RESULTS / 'demo.json'}", file=sys.stderr)
+        return int(updated != current)
+    README.write_text(updated)
+    return 0
+
+
+def with_demo_block(text: str, results: dict) -> str:
+    """``text`` with everything between the demo's marks replaced by its table and caption."""
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{demo.markdown_table(results)}{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

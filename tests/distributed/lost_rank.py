@@ -1,0 +1,35 @@
+"""Two ranks of a training, of which the second is lost between the passes of a step."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from rank_training import spread
+
+TIMEOUT = datetime.timedelta(seconds=5)
+
+
+def train(rank, how, sent, address, connection):
+    """Rank 1 sends itself the signal ``sent`` in its fourth backward pass; rank 0 tells what became of it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=TIMEOUT)
+    training = spread(how)
+    optimizer = training.optimizer("F-SAM", "SGD")
+    local = [getattr(p, "_local_tensor", p) for p in training.model.parameters()]
+    passes = []
+
+    def closure():
+        passes.append(None)
+        if rank == 1 and len(passes) == 4:
+            os.kill(os.getpid(), sent)
+        return training.closure()
+
+    optimizer.step(closure, model=training.model)
+    before = [p.detach().clone() for p in local]
+    try:
+        optimizer.step(closure, model=training.model)
+    except Exception as error:
+        restored = all(map(torch.equal, local, before))
+        connection.send((str(error), restored, len(passes)))
+    os._exit(0)  # a process group that has lost a rank is not destroyed in good order
