@@ -13,8 +13,9 @@ import contextlib
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -37,19 +38,30 @@ def save(path: str | os.PathLike, **objects: Any) -> None:
         raise ValueError("save() was given nothing to save: name the objects, as in save(path, model=model)")
     # The optimizer first: it knows whether the weights are perturbed.
     states = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in objects.items()}
-    path = Path(path)
+    replace(Path(path), lambda file: torch.save(states, file))
+
+
+def replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Replaces a file as a whole by what ``write(file)`` writes: whoever opens it finds the old one or the new one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(states, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode keeps everybody else out
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load(path: str | os.PathLike, map_location: Any = "cpu", **objects: Any) -> dict[str, Any]:

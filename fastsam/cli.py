@@ -17,7 +17,9 @@ from rich.table import Table
 
 from fastsam import kernels
 from fastsam._build import version
+from fastsam.bench.cli import bench
 from fastsam.curvature.cli import sharpness
+from fastsam.finetune.cli import finetune
 
 app = typer.Typer(
     name="fastsam",
@@ -60,7 +62,9 @@ def demo(
         raise typer.Exit(1) from None
 
 
+app.command()(bench)
 app.command()(sharpness)
+app.command()(finetune)
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = {"with_lightning": "lightning", "with_transformers": "transformers", "with_accelerate": "accelerate"}
+NEEDS = {
+    "with_lightning": "lightning",
+    "with_transformers": "transformers",
+    "with_accelerate": "accelerate",
+    "finetune_vit": "transformers",
+    "distributed_vit": "transformers",
+}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem != "digits"))

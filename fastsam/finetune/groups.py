@@ -1,0 +1,64 @@
+"""Parameter groups of a fine-tuning run: layer-wise learning rates, and no weight decay where it does harm.
+
+With L blocks the learning rate of block k = 1 ... L is lr * decay^(L + 1 - k), that of what comes before the blocks
+(embeddings) lr * decay^(L + 1), that of what comes after them (last norm, head) lr. Source: Clark et al., "ELECTRA",
+ICLR 2020; Bao et al., "BEiT", ICLR 2022, for images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+#: Parts of the names of parameters that are no matrices of a layer, whatever their shape.
+_NO_MATRIX = ("token", "position_embedding", "relative_position", "bias")
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float | None, layer_decay: float = 1.0) -> list[dict]:
+    """The trainable parameters in groups of one lr and one weight decay each.
+
+    Biases, scales of norms (whatever has one dimension), tokens and position embeddings are not decayed. With
+    ``weight_decay=None`` the groups say nothing of it, for optimizers that have none.
+    """
+    depths = layer_depths(model)
+    top = max(depths.values())
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        group = {"lr": lr * layer_decay ** (top - depths[name])}
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay if decays(name, p) else 0.0
+        groups.setdefault(tuple(group.values()), {**group, "params": []})["params"].append(p)
+    return list(groups.values())
+
+
+def decays(name: str, p: Tensor) -> bool:
+    """Whether weight decay is for this parameter."""
+    return p.ndim > 1 and not any(part in name for part in _NO_MATRIX)
+
+
+def layer_depths(model: nn.Module) -> dict[str, int]:
+    """The depth of every parameter: 0 before the first block, 1 ... L in the blocks, L + 1 after the last.
+
+    A block is a member of a ``ModuleList`` of modules of one class, the innermost such list; blocks are counted as they
+    are registered, which is the order of the forward pass in every classifier of Transformers.
+    """
+    lists = {
+        f"{name}.{i}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
+        for i in range(len(module))
+    }
+    blocks: dict[str, int] = {}
+    depths: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        parts = name.split(".")
+        prefixes = [".".join(parts[:i]) for i in range(len(parts), 0, -1)]
+        block = next((prefix for prefix in prefixes if prefix in lists), None)
+        if block is not None:
+            depths[name] = blocks.setdefault(block, len(blocks) + 1)
+        else:
+            depths[name] = 0 if not blocks else -1
+    return {name: len(blocks) + 1 if depth < 0 else depth for name, depth in depths.items()}

@@ -1,0 +1,211 @@
+"""The classifier: a checkpoint of Transformers with a head for these classes, or a small new vision transformer.
+
+A checkpoint is opened from safetensors only. A pickle (``pytorch_model.bin``, ``.pt``) runs whatever code is in it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsam.finetune.settings import SMALL_VIT
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+CONVERT = (
+    "a pickle can run code when it is opened. Where you trust it, convert it once: "
+    "AutoModelForImageClassification.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
+)
+
+
+def load(name: str, classes: list[str], example: Any, say: Callable[[str], None]) -> tuple[nn.Module, Preparation]:
+    """The model in float32 on the CPU, and what makes images its inputs.
+
+    Args:
+        name: ``small-vit``, a folder that ``save_pretrained`` wrote, or a name on the hub.
+        classes: their names; a head for another number of classes is replaced by a new one.
+        example: a PIL image of the data, which a new model is made to fit.
+        say: is told what is not taken from the checkpoint.
+
+    Raises ``ValueError`` for a checkpoint that is missing, no image classifier, or a pickle.
+    """
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+    if name == SMALL_VIT:
+        model, processor = _small_vit(example, labels)
+    else:
+        _refuse_pickles(name)
+        model, processor = _from_checkpoint(name, classes, labels, say)
+    return model, Preparation(processor, getattr(model.config, "num_channels", 3))
+
+
+class Preparation:
+    """What the image processor does, in two halves.
+
+    ``preparation(image)`` gives the uint8 tensor (C, H, W) that is kept in memory or comes from a worker: converted to
+    the model's channels, resized, cropped. :meth:`normalised` does the arithmetic, for a batch on its device.
+    """
+
+    def __init__(self, processor, channels: int) -> None:
+        from PIL import Image
+
+        self.processor = processor
+        self._mode = "L" if channels == 1 else "RGB"
+        self._channels = channels
+        self._bytes = {"do_rescale": False, "do_normalize": False}
+        if hasattr(processor, "include_top"):  # EfficientNet's second normalisation
+            self._bytes["include_top"] = False
+        # Whatever names a processor has for its arithmetic, it is a x + b for each channel: seen from black and white.
+        plain = [Image.new(self._mode, (64, 64), color) for color in ("black", "white")]
+        if [self(image).float().mean() for image in plain] != [0, 255]:
+            raise ValueError(f"{type(processor).__name__} does more to images than resize, crop and scale them")
+        black, white = (processor(x, return_tensors="pt")["pixel_values"][0].mean(dim=(1, 2)) for x in plain)
+        self._factor = ((white - black) / 255).reshape(-1, 1, 1)
+        self._offset = black.reshape(-1, 1, 1)
+
+    def __call__(self, image) -> Tensor:
+        pixels = self.processor(image.convert(self._mode), **self._bytes, return_tensors="pt")["pixel_values"][0]
+        if pixels.ndim != 3 or pixels.shape[0] != self._channels:
+            raise ValueError(
+                f"{type(self.processor).__name__} makes inputs of shape {tuple(pixels.shape)}; the model wants "
+                f"{self._channels} channels, height and width"
+            )
+        return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """The inputs of the model in float32, on the device of the images."""
+        self._factor, self._offset = self._factor.to(images.device), self._offset.to(images.device)
+        return images.float() * self._factor + self._offset
+
+
+def save(model: nn.Module, processor, folder: Path, step: int) -> Path:
+    """Writes ``model/`` in ``folder`` as a whole, for ``from_pretrained``; raises ``OSError`` if it cannot."""
+    path, partial = folder / "model", folder / "model.partial"
+    try:
+        _remove(partial)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        _remove(path)
+        os.replace(partial, path)
+    except Exception as error:  # safetensors has a kind of its own for a full disk
+        raise OSError(
+            f"the model could not be written into {folder} ({error}); the checkpoint of step {step} is intact: make "
+            "room, and the same command ends the run"
+        ) from error
+    return path
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _small_vit(example, labels: dict) -> tuple[nn.Module, Any]:
+    """Some 110,000 parameters: 3 blocks of width 64, on patches of 2 pixels, or of 4 for images above 16 pixels."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    side = min(32, max(8, -(-max(example.size) // 4) * 4))
+    channels = 1 if example.mode in ("1", "L") else 3
+    config = ViTConfig(
+        image_size=side,
+        patch_size=2 if side <= 16 else 4,
+        num_channels=channels,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        initializer_range=0.1,  # about 1 / sqrt(64); the 0.02 of width 768 learns nothing for many epochs here
+        **labels,
+    )
+    half = [0.5] * channels
+    processor = ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=half, image_std=half)
+    return ViTForImageClassification(config), processor
+
+
+def _refuse_pickles(name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise ValueError(f"--model {path} is refused: {CONVERT}")
+        raise ValueError(f"--model {path} is a file: name the folder that save_pretrained wrote")
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith("."):
+            raise ValueError(f"--model {name}: there is no such folder")
+        return  # a name on the hub
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(f"--model {path} is refused: it has {pickles[0]} and no safetensors; {CONVERT}")
+    raise ValueError(f"--model {path} has no *.safetensors: it is not what save_pretrained wrote, or not all of it")
+
+
+def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[[str], None]) -> tuple[nn.Module, Any]:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    try:
+        before = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model, found = AutoModelForImageClassification.from_pretrained(
+            name,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **labels,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {name}: {_reason(name, error)}") from error
+    replaced = _replaced(found)
+    foreign = [key for key, old, new in replaced if not (len(classes) in new and before.num_labels in old)]
+    if foreign:
+        raise ValueError(f"--model {name}: {foreign[0]} in its weights does not have the shape that its config says")
+    if replaced:
+        say(f"{name} has {before.num_labels} classes, the data {len(classes)}: its head is replaced by a new one")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        say(f"{name} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: started anew")
+    if not replaced and not missing and list(before.id2label.values()) != classes:
+        say(f"the head of {name} is kept: it has {len(classes)} classes as well, under other names")
+    return model, _processor(name, model.config, say)
+
+
+def _replaced(found: dict) -> list[tuple[str, tuple, tuple]]:
+    return [(key, tuple(old), tuple(new)) for key, old, new in found["mismatched_keys"]]
+
+
+def _processor(name: str, config, say: Callable[[str], None]):
+    from transformers import AutoImageProcessor
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    files = ("preprocessor_config.json", "processor_config.json")
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in files):
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        say(f"{name} has no preprocessor_config.json: images become {width} x {height}, with mean and deviation 0.5")
+        half = [0.5] * getattr(config, "num_channels", 3)
+        return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
+    try:
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: its image processor does not open: {_reason(name, error)}") from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    """The sentence of Transformers' message that says what is wrong, and what to do."""
+    text = " ".join(str(error).split())
+    if "safetensors" in text:
+        return f"no safetensors there; {CONVERT}"
+    if "Unrecognized configuration class" in text:
+        return "AutoModelForImageClassification knows no classifier of this kind"
+    if Path(name).is_dir():
+        return text[:300]
+    return (
+        "not a folder here, and not found on the hub or in its cache. Without a network, give a folder that "
+        f"save_pretrained wrote. ({text[:160]})"
+    )

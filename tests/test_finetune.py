@@ -1,0 +1,486 @@
+"""``fastsam finetune``: killed and resumed, wrong input, and the model that comes out of it."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("sklearn")
+
+from safetensors.torch import load_file
+
+import fastsam.checkpoint
+from fastsam import graphs
+from fastsam.cli import app
+from fastsam.finetune import batches, groups, job, model, steps
+from fastsam.finetune.batches import shuffled
+from fastsam.finetune.interruption import OutOfMemory, memory_watched
+from fastsam.finetune.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """A folder of 24 colour images of 12 x 10 pixels in 3 classes, which differ by their colour, and 9 for testing."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("birds")
+    noise = random.Random(0)
+    for split, count in (("train", 8), ("test", 3)):
+        for channel, name in enumerate(("finch", "gull", "jay")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (12, 10))
+                for x in range(12):
+                    for y in range(10):
+                        pixel = [noise.randrange(90) for _ in range(3)]
+                        pixel[channel] += 150
+                        image.putpixel((x, y), tuple(pixel))
+                image.save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny vision transformer with dropout, of 5 classes, as ``save_pretrained`` writes it."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=5, hidden_dropout_prob=0.1, initializer_range=0.2,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=mean, image_std=std).save_pretrained(folder)
+    return folder
+
+
+def settings(birds, checkpoint, output, **changes):
+    options = dict(epochs=3, batch_size=8, lr=1e-2, device="cpu", save_every=2)
+    return Settings(model=str(checkpoint), data=str(birds), output=output, **{**options, **changes})
+
+
+def finetune(*arguments):
+    return CliRunner().invoke(app, ["finetune", *map(str, arguments)], env={"COLUMNS": "400"})
+
+
+def weights(output):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def curve(output):
+    """What the metrics say of the training, without times and memory."""
+    with (output / "metrics.csv").open(newline="") as file:
+        columns = ("step", "epoch", "loss", "lr", "test_loss", "test_accuracy")
+        return [[row[c] for c in columns] for row in csv.DictReader(file)]
+
+
+# ---- killed and resumed ------------------------------------------------------------------------------------------
+
+# Runs the command once for each number: the process kills itself in the forward pass of that number, of which a step of
+# two passes has two. Forked from one that has imported everything, which is what takes long.
+KILLED = """
+import os, signal, sys
+import datasets, transformers
+from transformers import ViTForImageClassification
+from fastsam.cli import main
+from fastsam.finetune import job
+count, forward = 0, ViTForImageClassification.forward
+def counted(*arguments, **options):
+    global count
+    count += 1
+    if count == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return forward(*arguments, **options)
+ViTForImageClassification.forward = counted
+numbers, sys.argv[:] = sys.argv[1].split(), ["fastsam", *sys.argv[2:]]
+for at in map(int, numbers):
+    if os.fork() == 0:
+        main()
+    print("ended by", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        ("fsam", ["--optimizer", "adamw", "--random-crop", "1", "--flip", "--cutout", "3", "--label-noise", "0.2"]),
+        ("eigen-sam", ["--optimizer", "sgd", "--freq", "3", "--precision", "bf16", "--accumulate", "2"]),
+    ],
+)
+def test_sigkill_at_random_steps_three_times_changes_no_bit(birds, checkpoint, tmp_path, method, options):
+    """Dropout, augmentation, schedule, averages: the weights and the curve are those of an undisturbed run."""
+    command = ["--model", checkpoint, "--data", birds, "--method", method, "--epochs", 6, "--batch-size", 8]
+    command = list(map(str, [*command, "--lr", "0.01", "--save-every", "2", *options]))
+    undisturbed = tmp_path / "undisturbed"
+    assert finetune(*command, "--output", undisturbed).exit_code == 0
+    output, chosen = tmp_path / "killed", random.Random(method)
+    numbers = " ".join(str(chosen.randrange(6, 16)) for _ in range(3))  # of 18 steps
+    killed = [sys.executable, "-c", KILLED, numbers, "finetune", *command, "--output", str(output)]
+    run = subprocess.run(killed, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.stdout.count(f"ended by {-signal.SIGKILL}") == 3, run.stdout + run.stderr
+    assert not (output / "result.json").exists()
+    last = finetune(*command, "--output", output)
+    assert last.exit_code == 0, last.output
+    assert "going on from step" in last.output
+    assert same(weights(output), weights(undisturbed))
+    assert curve(output) == curve(undisturbed)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(birds, checkpoint, tmp_path, monkeypatch):
+    undisturbed = job.run(settings(birds, checkpoint, tmp_path / "undisturbed", save_every=None))
+    asked = settings(birds, checkpoint, tmp_path / "stopped", save_every=None)
+    train_on = job.Job._train_on
+
+    def interrupted(self, *batch):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        train_on(self, *batch)
+
+    monkeypatch.setattr(job.Job, "_train_on", interrupted)
+    with pytest.raises(job.Interrupted, match=r"stopped at step 5 of 9, all of it saved .* same command goes on"):
+        job.run(asked)
+    monkeypatch.setattr(job.Job, "_train_on", train_on)
+    result = job.run(asked)
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "undisturbed"))
+    assert result["test_loss"] == undisturbed["test_loss"]
+
+
+@pytest.mark.parametrize("method", ["none", "fsam"])
+def test_out_of_memory_loses_nothing_and_says_what_to_lower(birds, checkpoint, tmp_path, monkeypatch, method):
+    """In the second step's last pass; the run goes on in two parts of half the size."""
+    from transformers import ViTForImageClassification
+
+    forward, calls = ViTForImageClassification.forward, []
+
+    def scarce(self, pixel_values=None, **options):
+        calls.append(len(pixel_values))
+        if len(calls) > 3 and len(pixel_values) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a lot")
+        return forward(self, pixel_values=pixel_values, **options)
+
+    plain = settings(birds, checkpoint, tmp_path / "plain", method=method, save_every=None)
+    job.run(plain)
+    monkeypatch.setattr(ViTForImageClassification, "forward", scarce)
+    short = settings(birds, checkpoint, tmp_path / "short", method=method, save_every=None)
+    with pytest.raises(OutOfMemory, match=r"8 images at once \(CUDA out of memory\).* saved: with --accumulate 2 or"):
+        job.run(short)
+    saved = torch.load(tmp_path / "short" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == (3 if method == "none" else 1)
+    result = job.run(settings(birds, checkpoint, tmp_path / "short", method=method, save_every=None, accumulate=2))
+    assert result["steps"] == 9 and max(calls[-20:]) == 4
+
+
+def test_the_message_of_torch_for_the_memory_of_a_cpu_is_understood():
+    with pytest.raises(OutOfMemory, match=r"^you tried to allocate 4000000000000000 bytes"), memory_watched():
+        torch.empty(10**15)
+
+
+def test_a_run_that_is_finished_is_shown_not_repeated(birds, checkpoint, tmp_path, monkeypatch):
+    asked = settings(birds, checkpoint, tmp_path / "run", epochs=1)
+    result = job.run(asked)
+    monkeypatch.setattr(job.Job, "_train_on", None)
+    assert job.run(asked) == result == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+# ---- what it does -------------------------------------------------------------------------------------------------
+
+
+def test_the_default_run_learns_waits_for_no_data_and_saves_a_model(tmp_path):
+    """Few epochs of it. The accuracy is that of the saved model, opened and fed by Transformers alone."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from fastsam.training.data import open_dataset
+
+    result = job.run(Settings(output=tmp_path / "run", epochs=5, device="cpu"))
+    assert result["test_accuracy"] > 0.5
+    assert result["data_wait_share"] < 0.05
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run" / "model", backend="pil")
+    test = open_dataset("digits").test
+    with torch.no_grad():
+        logits = saved(**processor(list(test["image"]), return_tensors="pt")).logits
+    accuracy = (logits.argmax(1) == torch.tensor(test["label"][:])).float().mean().item()
+    assert accuracy == pytest.approx(result["test_accuracy"], abs=2e-3)
+    assert saved.config.id2label[3] == "3"
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("ViT", {"size": {"height": 8, "width": 8}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}),
+        ("ConvNext", {"size": {"shortest_edge": 8}, "crop_pct": 0.8}),
+        ("CLIP", {"size": {"shortest_edge": 9}, "crop_size": {"height": 8, "width": 8}}),
+        ("EfficientNet", {"size": {"height": 8, "width": 8}, "rescale_offset": True}),
+    ],
+)
+def test_images_reach_the_model_as_its_processor_makes_them(birds, name, options):
+    """Resized and cropped bytes, then arithmetic on the batch: the processor's own numbers, however it scales."""
+    import transformers
+    from PIL import Image
+
+    image = Image.open(birds / "train" / "jay" / "0.png")
+    preparation = model.Preparation(getattr(transformers, f"{name}ImageProcessorPil")(**options), 3)
+    pixels = preparation(image)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8)
+    expected = preparation.processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(preparation.normalised(pixels[None]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_and_workers_give_the_same_weights(birds, checkpoint, tmp_path, monkeypatch):
+    kept = job.run(settings(birds, checkpoint, tmp_path / "kept", epochs=2))
+    monkeypatch.setattr(batches, "SHARE_OF_MEMORY", 0.0)
+    for workers in (0, 2):
+        output = tmp_path / f"{workers} workers"
+        streamed = job.run(settings(birds, checkpoint, output, epochs=2, workers=workers))
+        assert kept["data_in_memory"] and not streamed["data_in_memory"]
+        assert same(weights(output), weights(tmp_path / "kept"))
+
+
+def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
+    orders = [shuffled(50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
+    assert torch.equal(orders[0], shuffled(50, 0, 0))
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(accumulate=4), dict(gradient_checkpointing=True)], ids=lambda c: next(iter(c))
+)
+def test_saving_memory_changes_weights_by_rounding_only(birds, checkpoint, tmp_path, changes):
+    """Without dropout, whose masks depend on the parts."""
+    common = dict(epochs=2, optimizer="sgd", method="sam", lr=0.05)
+    whole = settings(birds, checkpoint, tmp_path / "whole", **common)
+    saving = settings(birds, checkpoint, tmp_path / "saving", **common, **changes)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.0}))
+    try:
+        job.run(whole)
+        job.run(saving)
+    finally:
+        (checkpoint / "config.json").write_text(json.dumps(config))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "saving")
+    key = "vit.embeddings.patch_embeddings.projection.weight"
+    assert not torch.allclose(a[key], load_file(checkpoint / "model.safetensors")[key], atol=1e-3)  # training moved it
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_with_perturbations_of_their_own_are_another_method(birds, checkpoint, tmp_path):
+    common = dict(epochs=1, optimizer="sgd", method="sam", rho=0.5)
+    job.run(settings(birds, checkpoint, tmp_path / "one", accumulate=2, **common))
+    job.run(settings(birds, checkpoint, tmp_path / "two", accumulate=2, perturb_parts=True, **common))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert not torch.allclose(a["classifier.weight"], b["classifier.weight"], atol=1e-5)
+
+
+def test_a_graph_is_captured_from_the_first_batch_and_replayed_for_every_step(birds, checkpoint, tmp_path, monkeypatch):
+    """The graph itself is a GPU's; here something that does the same step by step stands in for it."""
+    captured = []
+
+    def capture(optimizer, closure, *example, model, max_norm):
+        captured.append([tuple(x.shape) for x in example])
+        return lambda *batch: optimizer.step(lambda: closure(*batch), model=model, max_norm=max_norm)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(job, "device_of", lambda _: torch.device("cpu"))
+    common = dict(epochs=2, accumulate=2, max_norm=1.0)
+    for name, cuda_graph in (("eager", False), ("graph", True)):
+        job.run(settings(birds, checkpoint, tmp_path / name, cuda_graph=cuda_graph, **common))
+    assert captured == [[(8, 3, 8, 8), (8,)]]
+    assert same(weights(tmp_path / "eager"), weights(tmp_path / "graph"))
+
+
+@pytest.mark.parametrize("method", ["none", "sam", "asam", "fsam", "eigen-sam"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_method_trains(birds, checkpoint, tmp_path, method, precision):
+    options = dict(method=method, precision=precision, freq=4, max_norm=1.0, label_smoothing=0.1, epochs=10)
+    result = job.run(settings(birds, checkpoint, tmp_path, save_every=None, **options))
+    assert result["test_accuracy"] > 0.7
+
+
+def test_layers_get_their_learning_rates_and_biases_no_decay(checkpoint):
+    vit = model.load(str(checkpoint), list("abcde"), None, print)[0]
+    found = groups.parameter_groups(vit, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    of = {id(p): (group["lr"], group["weight_decay"]) for group in found for p in group["params"]}
+    named = {name: of[id(p)] for name, p in vit.named_parameters()}
+    assert len(of) == len(named)
+    assert named["vit.embeddings.position_embeddings"] == (0.125, 0.0)
+    assert named["vit.embeddings.patch_embeddings.projection.weight"] == (0.125, 0.1)
+    assert named["vit.layers.0.attention.q_proj.weight"] == (0.25, 0.1)
+    assert named["vit.layers.1.attention.q_proj.bias"] == (0.5, 0.0)
+    assert named["vit.layers.1.layernorm_before.weight"] == (0.5, 0.0)
+    assert named["vit.layernorm.weight"] == (1.0, 0.0)
+    assert named["classifier.weight"] == (1.0, 0.1)
+
+
+def test_the_learning_rate_rises_then_falls_along_a_cosine():
+    factor = steps.warmup_then_cosine(4, 12)
+    assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [factor(i) for i in (4, 8, 12)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_tensorboard_gets_the_rows(birds, checkpoint, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    job.run(settings(birds, checkpoint, tmp_path / "run", epochs=2, log=["tensorboard"]))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test_accuracy")] == [3, 6]
+    assert [event.step for event in events.Scalars("loss")] == [int(row[0]) for row in curve(tmp_path / "run")]
+
+
+# ---- the command and its errors -----------------------------------------------------------------------------------
+
+
+def test_a_config_file_gives_defaults_and_the_command_line_wins(birds, checkpoint, tmp_path):
+    file = tmp_path / "run.json"
+    content = {"model": str(checkpoint), "data": str(birds), "epochs": 5, "batch-size": 8, "optimizer": "sgd"}
+    file.write_text(json.dumps({**content, "optimizer_arg": ["momentum=0.5", "nesterov=true"]}))
+    output = tmp_path / "run"
+    run = finetune("--config", file, "--epochs", 1, "--output", output)
+    assert run.exit_code == 0, run.output
+    config = json.loads((output / "config.json").read_text())
+    assert config["epochs"] == 1 and config["batch_size"] == 8 and config["optimizer"] == "sgd"
+    group = torch.load(output / "checkpoint.pt", weights_only=True)["payload"]["optimizer"]["param_groups"][0]
+    assert group["momentum"] == 0.5 and group["nesterov"] is True
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--method", "fsma"], "--method 'fsma' is unknown, the nearest is fsam"),
+        (["--optimizer", "adamv"], "--optimizer 'adamv' is unknown, the nearest is adam"),
+        (["--optimizer", "sgd", "--optimizer-arg", "momentun=1"], "the nearest is momentum"),
+        (["--optimizer", "rprop"], "Rprop has no weight_decay: say --weight-decay 0"),
+        (["--precision", "fp8"], "--precision 'fp8' is unknown"),
+        (["--accumulate", "3"], "--accumulate 3 must divide --batch-size 8"),
+        (["--batch-size", "25"], "--batch-size 25 is more than the 24 training images"),
+        (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs an NVIDIA GPU; this run is on cpu"),
+        (["--device", "cuda:77"], "--device cuda:77"),
+        (["--log", "tensorbord"], "the nearest is tensorboard"),
+        (["--log", "wandb"], "--log wandb needs its package: pip install wandb"),
+        (["--data", "{tmp}/none"], "none is neither a folder or file here"),
+        (["--data", "{tmp}/broken"], "finch/0.png does not open as an image"),
+        (["--data", "{tmp}/empty"], "class folder {tmp}/empty/gull holds no images"),
+        (["--data", "{tmp}/labels.parquet"], "row 2 has the label -1, outside the range"),
+        (["--model", "{tmp}/pickle"], "refused: it has pytorch_model.bin and no safetensors; a pickle can run code"),
+        (["--model", "{tmp}/pickle/pytorch_model.bin"], "pytorch_model.bin is refused: a pickle can run code"),
+        (["--model", "{tmp}/none"], "{tmp}/none: there is no such folder"),
+        (["--model", "nobody/nothing"], "nobody/nothing: not a folder here, and not found on the hub"),
+        (["--config", "{tmp}/typo.json"], "the key 'learning_rat' is unknown"),
+        (["--config", "{tmp}/typo.toml"], "the key 'wamup' is unknown, the nearest is warmup"),
+        (["--config", "{tmp}/broken.toml"], "broken.toml is no TOML"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_message_and_makes_no_folder(birds, checkpoint, tmp_path, monkeypatch, arguments, says):
+    wrong_input(tmp_path)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else find_spec(n, *a))
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    good = {"--model": checkpoint, "--data": birds, "--batch-size": 8, "--epochs": 1, "--output": tmp_path / "run"}
+    run = finetune(*(x for pair in good.items() for x in pair), *arguments)
+    assert run.exit_code == 1, run.output
+    message = run.stderr.strip()
+    assert message.startswith("fastsam finetune: ") and "\n" not in message and "Traceback" not in run.output
+    assert says.replace("{tmp}", str(tmp_path)) in message
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def wrong_input(folder):
+    """The files that the table above names."""
+    import datasets
+    from PIL import Image
+
+    for name in ("broken", "empty"):
+        for c in ("finch", "gull"):
+            (folder / name / c).mkdir(parents=True)
+            for i in range(0 if (name, c) == ("empty", "gull") else 12):
+                Image.new("L", (8, 8), 20 * i).save(folder / name / c / f"{i}.png")
+    (folder / "broken" / "finch" / "0.png").write_bytes(b"no image at all")
+    images = [Image.new("L", (8, 8), i) for i in range(24)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    labels = [0, 1, -1, *[1] * 21]
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(folder / "labels.parquet")
+    (folder / "pickle").mkdir()
+    (folder / "pickle" / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    (folder / "typo.json").write_text('{"learning_rat": 1}')
+    (folder / "typo.toml").write_text("wamup = 0.2\n")
+    (folder / "broken.toml").write_text("warmup = = 1\n")
+
+
+def test_settings_made_in_python_have_the_bounds_of_the_options():
+    with pytest.raises(ValueError, match="--epochs 0 must be from 1 to any number"):
+        Settings(epochs=0)
+    with pytest.raises(ValueError, match=r"--warmup 1\.5 must be from 0 to 1"):
+        Settings(warmup=1.5)
+    with pytest.raises(ValueError, match="--rho nan must be from 0"):
+        Settings(rho=float("nan"))
+
+
+def test_another_number_of_classes_replaces_the_head_and_says_so(birds, checkpoint, tmp_path):
+    run = finetune("--model", checkpoint, "--data", birds, "--batch-size", 8, "--epochs", 1, "--output", tmp_path)
+    assert run.exit_code == 0, run.output
+    assert "has 5 classes, the data 3: its head is replaced by a new one" in run.output
+    assert weights(tmp_path)["classifier.weight"].shape == (3, 16)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["id2label"]["1"] == "gull"
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(birds, checkpoint, tmp_path):
+    job.run(settings(birds, checkpoint, tmp_path, epochs=1))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"a run with rho=0\.05, and this one has rho=0\.1"):
+        job.run(settings(birds, checkpoint, tmp_path, epochs=1, rho=0.1))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_it_whole(birds, checkpoint, tmp_path, monkeypatch):
+    undisturbed = settings(birds, checkpoint, tmp_path / "undisturbed")
+    job.run(undisturbed)
+    asked = settings(birds, checkpoint, tmp_path / "full")
+    saved, save = [], fastsam.checkpoint.save
+
+    def full(path, **objects):
+        saved.append(path)
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, **objects)
+
+    monkeypatch.setattr(fastsam.checkpoint, "save", full)
+    with pytest.raises(OSError, match=r"step 4 could not be written .*no space is left.* that of step 3 is intact"):
+        job.run(asked)
+    monkeypatch.undo()
+    job.run(asked)
+    assert same(weights(tmp_path / "full"), weights(tmp_path / "undisturbed"))
+
+
+def test_weights_that_are_not_finite_do_not_overwrite_the_checkpoint(birds, checkpoint, tmp_path):
+    wild = settings(birds, checkpoint, tmp_path, optimizer="sgd", method="none", lr=1e30, weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"not finite at step \d: lower --lr"):
+        job.run(wild)
+    assert not (tmp_path / "checkpoint.pt").exists()
