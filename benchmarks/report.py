@@ -19,19 +19,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.settings import METHODS
+from fastsam.bench.settings import METHODS
+from fastsam.bench.tables import BASE_TITLES, COLUMNS, number
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-BASE_TITLES = {"sgd": "SGD", "adamw": "AdamW"}
-COLUMNS = {
-    "fastsam": "fastsam",
-    "fastsam-flat": "fastsam, flattened",
-    "authors": "authors' code",
-    "foreach": "foreach",
-    "foreach-fused": "foreach, fused base",
-    "compiled": "foreach, compiled",
-    "pytorch_optimizer": "pytorch_optimizer",
-}
 OURS = ("fastsam", "fastsam-flat")
 
 
@@ -149,18 +140,18 @@ def _cell_table(cell: dict[str, Any]) -> Table:
     if floor:
         first = floor["passes_ms"]["gram"] + floor["passes_ms"]["climb"]
         second = floor["passes_ms"]["guard"] + floor["passes_ms"]["descend"]
-        halves = _number(first), _number(second)
-        table.add_row("floor", _number(floor["ms"]), "", "", *halves, f"{floor['gb_per_s']:.1f}", "100%")
+        halves = number(first), number(second)
+        table.add_row("floor", number(floor["ms"]), "", "", *halves, f"{floor['gb_per_s']:.1f}", "100%")
     for name, i in implementations.items():
         if i["ms"] is None:
             continue
         table.add_row(
             name,
-            _number(i["ms"]),
+            number(i["ms"]),
             f"{i['times_fastsam']:.2f}" if i["times_fastsam"] else "",
-            f"{_number(i['q1_ms'])}–{_number(i['q3_ms'])}",
-            _number(i["first_ms"]),
-            _number(i["second_ms"]),
+            f"{number(i['q1_ms'])}–{number(i['q3_ms'])}",
+            number(i["first_ms"]),
+            number(i["second_ms"]),
             f"{i['gb_per_s']:.1f}",
             f"{i['share']:.0%}" if i["share"] else "–",
         )
@@ -173,11 +164,7 @@ def _time(measured: dict[str, Any] | None, ratio: bool = False) -> str:
     if measured["ms"] is None:
         return measured["note"]
     times = f" ({measured['times_fastsam']:.1f}×)" if ratio and measured["times_fastsam"] else ""
-    return f"{_number(measured['ms'])} ms{times}"
-
-
-def _number(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+    return f"{number(measured['ms'])} ms{times}"
 
 
 def _millions(count: int) -> str:

@@ -11,12 +11,15 @@ import torch
 
 pytest.importorskip("rich")
 
-from benchmarks import report, rivals
-from benchmarks.bandwidth import bytes_per_parameter, passes
-from benchmarks.compiled import CompileLimit, compile_limit
-from benchmarks.optimizer_step import Cell, GradientSequence, main
-from benchmarks.parameter_sets import ParameterSet, host_only_set, parameter_set
-from benchmarks.settings import BASES, METHODS
+from benchmarks import report
+from benchmarks.optimizer_step import main
+from fastsam.bench import rivals
+from fastsam.bench.bandwidth import bytes_per_parameter, passes
+from fastsam.bench.compiled import CompileLimit, compile_limit
+from fastsam.bench.gradients import GradientSequence
+from fastsam.bench.optimizer_step import Cell
+from fastsam.bench.parameter_sets import ParameterSet, even_set, host_only_set, parameter_set, scaled_set
+from fastsam.bench.settings import BASES, METHODS
 
 SMALL = ParameterSet("small", "small", ((4, 3), (5,), (1,), (2, 3, 3, 2)))
 EAGER = [name for name in rivals.implementation_names() if name != "compiled"]
@@ -26,8 +29,11 @@ EAGER = [name for name in rivals.implementation_names() if name != "compiled"]
     ("name", "tensors", "parameters"),
     [
         ("resnet18", 62, 11_689_512),
+        ("resnet50", 161, 25_557_032),
         ("wrn28-10", 80, 36_479_194),
         ("vit-b16", 152, 86_567_656),
+        ("vit-l16", 296, 304_326_632),
+        ("gpt-1.3b", 292, 1_315_723_264),
         ("tiny2000", 2000, 100_000),
     ],
 )
@@ -44,6 +50,14 @@ def test_host_only_set_has_tensors_of_one_or_two_elements():
     shapes = host_only_set(152)
     assert shapes.tensors == 152
     assert {math.prod(shape) for shape in shapes.shapes} == {1, 2}
+
+
+def test_sets_of_the_curves_have_the_size_that_was_asked():
+    for parameters in (100_000, 3_000_000_000):
+        shapes = scaled_set(parameters)
+        assert shapes.tensors == 152 and shapes.parameters == pytest.approx(parameters, rel=1e-3)
+    for tensors in (1, 7, 4096):
+        assert (even_set(tensors, 100_000).tensors, even_set(tensors, 100_000).parameters) == (tensors, 100_000)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +85,11 @@ def test_written_in_place_arrays_are_among_the_read_ones():
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_implementation_takes_the_same_steps(method, base):
     cell = Cell(SMALL, base, method, EAGER, threads=1, limit=0)
+    runners = cell.build(EAGER)
     expected = set(EAGER) - set(cell.notes)
     assert {"fastsam", "fastsam-flat", "authors", "foreach"} <= expected
-    assert set(cell.runners) == expected
-    flat = [torch.cat([p.detach().reshape(-1) for p in runner.parameters]) for runner in cell.runners.values()]
+    assert set(runners) == expected
+    flat = [torch.cat([p.detach().reshape(-1) for p in runner.parameters]) for runner in runners.values()]
     for other in flat[1:]:
         torch.testing.assert_close(other, flat[0], rtol=1e-5, atol=1e-7)
 
@@ -86,20 +101,39 @@ def test_an_implementation_that_climbs_elsewhere_is_refused(monkeypatch):
 
     monkeypatch.setattr(rivals.Foreach, "_climb_sam", wrong_way)
     with pytest.raises(RuntimeError, match="foreach and authors do not compute the same thing"):
-        Cell(SMALL, "sgd", "sam", ["authors", "foreach"], threads=1, limit=0)
+        Cell(SMALL, "sgd", "sam", [], threads=1, limit=0).build(["authors", "foreach"])
 
 
 def test_an_implementation_that_updates_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(rivals.Foreach, "second_step", lambda self: self.base_optimizer.step())
     with pytest.raises(RuntimeError, match="do not compute the same thing"):
-        Cell(SMALL, "sgd", "sam", ["authors", "foreach"], threads=1, limit=0)
+        Cell(SMALL, "sgd", "sam", [], threads=1, limit=0).build(["authors", "foreach"])
+
+
+@pytest.mark.parametrize("base", list(BASES))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_foreach_that_never_waits_for_the_device_takes_the_same_steps(method, base):
+    """What it does on a GPU, here on the CPU."""
+    weights, eigenvector = SMALL.random(0, 1.0), SMALL.random(1, 1.0)
+    ends = []
+    for waits in (True, False):
+        runner = rivals.build("foreach", method, base, SMALL.module(weights), eigenvector)
+        runner.optimizer.waits = waits
+        sequence = GradientSequence(SMALL)
+        for _ in range(3):
+            for step in (runner.optimizer.first_step, runner.optimizer.second_step):
+                runner.load_gradients(sequence.next())
+                step()
+                ends.append(torch.cat([p.detach().reshape(-1) for p in runner.parameters]))
+    for waited, queued in zip(ends[:6], ends[6:], strict=True):
+        torch.testing.assert_close(queued, waited)
 
 
 def test_gradients_are_new_tensors_each_pass_unless_the_implementation_keeps_them():
     weights, eigenvector = SMALL.random(0, 1.0), SMALL.random(1, 1.0)
     sequence = GradientSequence(SMALL)
     for name, kept in (("authors", False), ("fastsam-flat", True)):
-        runner = rivals.build(name, "sam", "sgd", SMALL, weights, eigenvector)
+        runner = rivals.build(name, "sam", "sgd", SMALL.module(weights), eigenvector)
         runner.load_gradients(sequence.next())
         first = [p.grad for p in runner.parameters]
         given = sequence.next()
@@ -127,7 +161,7 @@ def test_compile_limit_stops_what_swallows_exceptions_and_is_disarmed_afterwards
 
 def test_the_command_writes_a_result_that_the_report_reads(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.optimizer_step.parameter_set", lambda name: SMALL)
-    monkeypatch.setattr("benchmarks.optimizer_step.SMALL_SET", 1)
+    monkeypatch.setattr("fastsam.bench.optimizer_step.SMALL_SET", 1)
     threads, output = torch.get_num_threads(), tmp_path / "result.json"
     try:
         command = "--sets resnet18 --methods fsam --bases sgd --rivals fastsam authors --repeats 2 --threads 1"

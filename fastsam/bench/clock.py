@@ -1,0 +1,164 @@
+"""Time and memory of what runs on a device: a CPU, or a GPU that runs after the host."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# What the whole machine has, then what this container may have and has taken.
+_MEMINFO = Path("/proc/meminfo")
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+class HostEvent:
+    """The part of ``torch.cuda.Event`` used here, for devices that are done when the call returns."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        """Milliseconds, as CUDA's events give them."""
+        return (later.seconds - self.seconds) * 1e3
+
+
+def event(device: torch.device):
+    """A mark in the device's own order of work."""
+    return torch.cuda.Event(enable_timing=True) if device.type == "cuda" else HostEvent()
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has finished all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(samples: Iterable[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, none of them outside the samples, of which there is at least one."""
+    taken = list(samples)
+    if len(taken) == 1:
+        return taken[0], taken[0], taken[0]
+    lower, median, upper = statistics.quantiles(taken, n=4, method="inclusive")
+    return lower, median, upper
+
+
+class Deadline:
+    """A moment to stop at; parts of a run get their shares of what is left."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def share(self, fraction: float) -> Deadline:
+        return Deadline(self.left * fraction)
+
+
+class PeakMemory:
+    """``with PeakMemory(device) as peak: ...``; afterwards ``peak.mib`` is how much more memory the body held at once.
+
+    On the CPU that is resident memory, and None where the system does not tell; on a GPU torch's allocator.
+    """
+
+    mib: float | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            wait_for(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            with contextlib.suppress(OSError, AttributeError):  # only glibc can be asked
+                ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there for the body to take
+            with contextlib.suppress(OSError):
+                _CLEAR.write_text("5")  # Linux forgets the highest mark so far
+            self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            wait_for(self.device)
+            after = torch.cuda.max_memory_allocated(self.device)
+        else:
+            after = _status("VmHWM")
+        if self._before is not None and after is not None:
+            self.mib = round(max(0, after - self._before) / 2**20, 1)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, or None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+        return min([int(line.split()[1]) * 1024, *_container_memory()])
+    return None
+
+
+def groups_that_fit(needs: dict[str, int], shared: int, device: torch.device) -> tuple[list[list[str]], dict[str, str]]:
+    """The names of ``needs`` (bytes each) in groups that fit beside ``shared`` bytes, and a note for one that does not.
+
+    Where the system does not tell how much is free, one group of all.
+    """
+    free = free_memory(device)
+    if free is None:
+        return [list(needs)], {}
+    groups: list[list[str]] = []
+    notes: dict[str, str] = {}
+    taken = free
+    for name, need in needs.items():
+        if shared + need > free:
+            notes[name] = f"does not fit: needs about {(shared + need) / 2**30:.1f} of {free / 2**30:.1f} GiB"
+            continue
+        if shared + taken + need > free:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += need
+    return groups, notes
+
+
+class OutOfMemory(Exception):
+    """The device had no memory for it; the message fits a table."""
+
+
+@contextlib.contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turns torch's errors about memory into ``OutOfMemory``, whichever device they come from."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise OutOfMemory("out of memory") from None
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            raise OutOfMemory("out of memory") from None
+        raise
+
+
+def _container_memory() -> Iterator[int]:
+    for limit, used in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            yield int(limit.read_text()) - int(used.read_text())
+
+
+def _status(key: str) -> int | None:
+    """Bytes of one line of /proc/self/status."""
+    with contextlib.suppress(OSError, StopIteration):
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key + ":"))
+        return int(line.split()[1]) * 1024
+    return None
