@@ -113,7 +113,7 @@ class FlatSpace:
             return [True] * len(values)
         for i, value in enumerate(values):
             if value is not None and value is not buffer.views[i]:
-                buffer.views[i].copy_(distributed_like(self.owners[i], value))
+                buffer.views[i].copy_(distributed_like(buffer.views[i], value))
                 self.states[i][name] = buffer.views[i]
             elif value is None and buffer.used[i]:
                 buffer.views[i].zero_()  # the state was cleared
@@ -194,6 +194,7 @@ def flatten_parameters(model: torch.nn.Module) -> None:
         if p.requires_grad:
             _check_dense(p)
             spaces.setdefault((p.device, p.dtype), []).append(p)
+    had_gradients = any(p.grad is not None for params in spaces.values() for p in params)
     for (device, dtype), params in spaces.items():
         params.sort(key=lambda p: p.numel() * p.element_size() % 16 != 0)
         total = sum(p.numel() for p in params)
@@ -211,9 +212,20 @@ def flatten_parameters(model: torch.nn.Module) -> None:
             p.grad = gradient
             flat_gradients[p] = (gradients, gradient)
             offset += p.numel()
+        if not had_gradients:
+            _zeroed[gradients] = gradients._version
 
 
 flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
+_zeroed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whole buffer -> torch's count of writes to it when it was zeroed
+
+
+def is_cleared(p: Tensor) -> bool:
+    """Whether p has no gradient, or a flattened one that nobody wrote to since it was zeroed; no value is looked at."""
+    if p.grad is None:
+        return True
+    home = flat_gradients.get(p) if flat_gradients else None
+    return home is not None and p.grad is home[1] and _zeroed.get(home[0]) == home[0]._version
 
 
 def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
@@ -234,6 +246,7 @@ def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
                 p.grad.zero_()
     for whole in buffers.values():
         whole.zero_()
+        _zeroed[whole] = whole._version
 
 
 def _scanner(params: list[Tensor]):

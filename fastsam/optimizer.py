@@ -57,6 +57,7 @@ class SharpnessAware(ClosureSteps):
         self._ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
         self._spaces = Spaces(backend, self._ranks)
         self._perturbed = False
+        self._state_is_empty = False
         self._sums: Tensor | None = None
         self._first_scaler: GradScaler | None = None
         self._accumulated: Accumulated | None = None
@@ -211,7 +212,7 @@ class SharpnessAware(ClosureSteps):
                 "state_dict() between first_step() and second_step(): the weights are perturbed; "
                 "take the checkpoint after second_step(), or call restore() first"
             )
-        if not self._spaces.decide_on_host:
+        if not self._spaces.decide_on_host and not self._state_is_empty:
             self._spaces.forget_never_started(self.state)
         return super().state_dict()
 
@@ -226,6 +227,9 @@ class SharpnessAware(ClosureSteps):
         super().load_state_dict(checked(in_this_layout(state_dict, self), self))
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share_with_base()
+        self._state_is_empty = False
+        if self.uses_ema:
+            self._spaces.forget_never_started(self.state)  # of a checkpoint written before the first step
 
     def __getstate__(self) -> dict:
         if self._perturbed:

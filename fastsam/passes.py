@@ -47,6 +47,7 @@ class Passes(torch.optim.Optimizer):
         groups = self._method_groups()
         for group in groups:
             self.check_group(group)
+        self._forget_empty_state()
         self._spaces.refresh(self.param_groups, self.state)
         self._ranks.verify(self, [space.shard_groups for space in self._spaces])
         if accumulated is not None and accumulated.spaces != list(self._spaces):
@@ -84,10 +85,9 @@ class Passes(torch.optim.Optimizer):
             self._spaces.find_states(self.state)
             self._spaces.follow()
             self._spaces.collect_gradients()
-            guard = Ascent(self._method_groups(), grad_scale=factor)
-            sums = self._spaces.total(self._spaces, [space.kernels.gram(space, guard) for space in self._spaces])
-            sums = torch.add(sums, first.to(sums.device), alpha=0)  # 0 * inf is NaN: every pass counts
-            self._sums = self._ranks.agreed(sums)
+            guard = Ascent(self._method_groups(), grad_scale=factor, met=first)
+            sums = [space.kernels.gram(space, guard) for space in self._spaces]
+            self._sums = self._ranks.agreed(self._spaces.total(self._spaces, sums))
             options = dict(grad_scale=factor, **clipping)
             rule = fused_rule(self.base_optimizer)
             if rule is None:
@@ -110,7 +110,7 @@ class Passes(torch.optim.Optimizer):
     def _keep_micro_batch(self, so_far: Accumulated | None, scaler: GradScaler | None) -> None:
         """Puts the weights back after a micro-batch; its sums and averages wait for ``descend``."""
         kept = Accumulated(self._spaces, scaler)
-        kept.met = self._sums if so_far is None else so_far.met + self._sums
+        kept.met = self._sums.clone() if so_far is None else so_far.met + self._sums
         for i, space in enumerate(self._spaces):
             if self.uses_ema and space.perturbed:
                 before = "momentum" if so_far is None else "momentum_accumulated"
@@ -145,6 +145,15 @@ class Passes(torch.optim.Optimizer):
 
         Where a device decides, its kernels leave every buffer as it was if the sums are not finite.
         """
+        descent, buffers = self._descent(space, rule, options, accumulated)
+        getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
+        if committed and not all(descent.started):
+            updated = [g is not None for g in space.gradients]
+            for name, buffer in buffers.items():
+                self._spaces.publish(space, self.state, name, buffer, updated)
+
+    def _descent(self, space: FlatSpace, rule, options: dict, accumulated: Accumulated | None) -> tuple[Descent, dict]:
+        """What the second pass over one space is given, and the base optimizer's buffers there by their names."""
         buffers = {
             name: space.step_counts() if name == "step" else space.buffer(name)
             for name in rule.state_names(self.param_groups)
@@ -156,11 +165,7 @@ class Passes(torch.optim.Optimizer):
         if self.uses_ema and space.perturbed:
             latest = "momentum_next" if accumulated is None else "momentum_accumulated"
             descent.ema, descent.ema_next = space.buffer("momentum").flat, space.buffer(latest).flat
-        getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
-        if committed and not all(started):
-            updated = [g is not None for g in space.gradients]
-            for name, buffer in buffers.items():
-                self._spaces.publish(space, self.state, name, buffer, updated)
+        return descent, buffers
 
     def _restore_then_base_step(self, options: dict) -> bool:
         """The update of a base optimizer without a fused descend; whether the step counts."""

@@ -89,4 +89,5 @@ class Spaces:
 
     @property
     def decide_on_host(self) -> bool:
-        return all(space.kernels.DECIDES_ON_HOST for space in self._spaces)
+        """Whether the host knows if a step counts: one space on the CPU makes it wait for the sums of all."""
+        return not self._spaces or any(space.kernels.DECIDES_ON_HOST for space in self._spaces)

@@ -7,15 +7,30 @@ the instructions of a GPU are left to prove on one.
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tape
 import torch
+from net import Net, batch
 from reference import METHODS, build_optimizer
-from reference.scripted import assert_same_rounding, bits, copies, like, noise, random_gradients, scripted_steps
+from reference.scripted import (
+    assert_same_rounding,
+    bits,
+    copies,
+    like,
+    noise,
+    random_gradients,
+    scripted_steps,
+    set_gradients,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsam
 from fastsam import kernels
+from fastsam.flat import FlatSpace
 from fastsam.kernels import cuda, device
+from fastsam.methods.eigen import Estimate
 
 if cuda._cuda is None:
     pytest.skip(f"backend 'cuda': {cuda.unavailable()}", allow_module_level=True)
@@ -149,6 +164,24 @@ def test_clipping(on_host, base, options):
     assert_same_rounding(ends[1:], ends[:1], torch.float64)
 
 
+@pytest.mark.parametrize("shapes", [[(5,), (0,), (3000,)], [(0,), (2, 0)]], ids=["one empty", "all empty"])
+@pytest.mark.parametrize("bad", [False, True], ids=["", "one step overflows"])
+def test_steps_of_parameters_without_elements_are_counted(on_host, shapes, bad):
+    """A shard may be empty, and the process that has it the one that saves the count."""
+    counts = {}
+    for backend in ("torch", "cpu", "cuda"):
+        params = [torch.nn.Parameter(noise(shape, i, torch.float32)) for i, shape in enumerate(shapes)]
+        optimizer = build_optimizer("SAM", "AdamW", params, backend)
+        passes = [random_gradients(params, k) for k in range(6)]
+        passes[4][1] = passes[5][1] = None
+        if bad and shapes[0] != (0,):
+            passes[2][0][0] = float("nan")
+        scripted_steps(optimizer, params, passes)
+        counts[backend] = [float(optimizer.state[p]["step"]) for p in params]
+    assert counts["cuda"] == counts["cpu"] == counts["torch"]
+    assert counts["torch"][1] == (1 if bad and shapes[0] != (0,) else 2)
+
+
 def test_restore_is_exact(on_host):
     params = [torch.nn.Parameter(t) for t in off_alignment(torch.bfloat16)]
     before = bits(params)
@@ -158,6 +191,117 @@ def test_restore_is_exact(on_host):
     with optimizer.perturbed():
         assert bits(params) != before
     assert bits(params) == before
+
+
+def test_what_is_measured_after_a_step_does_not_change_its_decision(on_host):
+    """A curvature estimate runs the same kernels; neither ``found_inf`` nor a micro-batch's overflow is lost to it."""
+    model = Net()
+    optimizer = fastsam.EigenSAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, backend="cuda", estimate=Estimate(method="finite-difference")
+    )
+
+    def loss(scale=1.0):
+        return torch.nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1]) * scale
+
+    def closure(scale=1.0):
+        value = loss(scale)
+        value.backward()
+        return value
+
+    optimizer.step(lambda: closure(float("inf")), model=model)
+    assert optimizer.found_inf == 1
+    optimizer.update_eigenvector(loss, model)
+    assert optimizer.found_inf == 1
+    weights = bits(model.parameters())
+    optimizer.accumulate(lambda: closure(float("nan")), model=model)
+    optimizer.update_eigenvector(loss, model)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()  # so that the first pass alone met it
+    optimizer.descend()
+    assert optimizer.found_inf == 1
+    assert bits(model.parameters()) == weights
+
+
+# ---- what a step costs the host ---------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Notes torch's own operations, views aside, and refuses those that wait for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in tape.WAITS, "the host waits for the device"
+        if all(r.alias_info is None or r.alias_info.is_write for r in function._schema.returns):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("base", "update"), [("SGD momentum", "descend_sgd"), ("AdamW", "descend_adam")])
+@pytest.mark.parametrize("method", SOME_METHODS)
+def test_a_settled_step_launches_four_kernels_and_nothing_of_torchs(on_host, monkeypatch, method, base, update):
+    launches = tape.Launches(cuda._cuda)
+    monkeypatch.setattr(cuda, "_cuda", launches)
+    params = [torch.nn.Parameter(t) for t in dense(torch.float32)]
+    optimizer = build_optimizer(method, base, params, "cuda")
+    if METHODS[method].eigenvector == "given":
+        optimizer.eigenvector = [like(p.detach(), 900 + i) * 0.02 for i, p in enumerate(params)]
+    passes = [random_gradients(params, k) for k in range(2)]
+    for _ in range(4):
+        launches.names.clear()
+        operations = Operations()
+        for gradients, step in zip(passes, (optimizer.first_step, optimizer.second_step), strict=True):
+            set_gradients(params, gradients)
+            with operations:
+                step()
+    assert launches.names == ["gram", "climb", "gram", update]
+    assert operations.names == []
+
+
+@pytest.mark.parametrize("flattened", [False, True], ids=["", "flattened"])
+@pytest.mark.parametrize("method", ["F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"])
+def test_the_host_does_not_wait_in_a_whole_step(on_host, method, flattened):
+    model = Net()
+    if flattened:
+        fastsam.flatten_parameters(model)
+    optimizer = build_optimizer(method, "AdamW", model.parameters(), "cuda")
+    if METHODS[method].eigenvector == "given":
+        optimizer.eigenvector = [like(p.detach(), 900 + i) * 0.02 for i, p in enumerate(model.parameters())]
+
+    def closure():
+        loss = torch.nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure, model=model)
+    with Operations():
+        for _ in range(3):
+            optimizer.step(closure, model=model, max_norm=1.0)
+            optimizer.accumulate(closure, model=model)
+            optimizer.accumulate(closure, model=model)
+            optimizer.descend(zero_grad=True)
+
+
+def test_flattened_gradients_from_elsewhere_are_noticed_all_the_same(on_host):
+    model = Net()
+    fastsam.flatten_parameters(model)
+    optimizer = build_optimizer("SAM", "SGD", model.parameters(), "cuda")
+
+    def closure():
+        loss = torch.nn.functional.cross_entropy(model(batch(0)[0]), batch(0)[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    closure()
+    with pytest.raises(RuntimeError, match="gradients that it did not compute"):
+        optimizer.step(closure)
+    for p in model.parameters():
+        p.grad.zero_()  # by hand: the values have to be looked at
+    optimizer.step(closure)
 
 
 # ---- what launches are planned with ----------------------------------------------------------------------------
@@ -221,6 +365,78 @@ def test_a_gpu_that_some_code_was_compiled_for(capability):
 def test_a_gpu_that_nothing_was_compiled_for(capability, architectures):
     reason = cuda._too_old(capability, architectures)
     assert f"sm_{capability[0]}{capability[1]}" in reason and "FASTSAM_CUDA_ARCHS" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((9, 0), "cuda"), ((7, 5), "triton"), ((6, 1), "torch")], ids=["new", "older", "oldest"]
+)
+def test_a_gpu_older_than_the_compiled_targets_falls_to_triton_or_torch_and_says_so(monkeypatch, capability, chosen):
+    """As it would be on a machine with such a GPU."""
+    gpu, triton = torch.device("cuda", 0), kernels._module("triton")
+    monkeypatch.delenv("FASTSAM_CUDA_ON_HOST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    compiled = SimpleNamespace(
+        problem=lambda: "", capabilities=lambda: [capability], architectures=lambda: [800, 900, 1000]
+    )
+    monkeypatch.setattr(cuda, "_cuda", compiled)
+    caches = cuda._no_gpu, triton._too_old
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert kernels.choose("auto", gpu, torch.float32) is kernels._module(chosen)
+        if chosen == "cuda":
+            assert fastsam.backends()["cuda"] == "available"
+        else:
+            assert f"this GPU is an sm_{capability[0]}{capability[1]}" in fastsam.backends()["cuda"]
+            with pytest.raises(RuntimeError, match=rf"sm_{capability[0]}{capability[1]}; rebuild with"):
+                kernels.choose("cuda", gpu, torch.float32)
+        if chosen == "torch":
+            with pytest.raises(RuntimeError, match=r"'triton' cannot serve .* sm_61"):
+                kernels.choose("triton", gpu, torch.float32)
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("bad", [None, 1, 2], ids=["", "one overflows", "the other does"])
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW"])
+def test_backends_that_decide_on_the_device_and_on_the_host_share_one_norm_and_one_decision(
+    on_host, monkeypatch, base, bad
+):
+    """As with parameters on a GPU and on the CPU; here those of one dtype stand for the GPU's."""
+    choose = kernels.choose
+
+    def by_dtype(name, where, dtype):
+        return (
+            kernels._module("cuda" if dtype == torch.float32 else "cpu")
+            if name == "cuda"
+            else choose(name, where, dtype)
+        )
+
+    monkeypatch.setattr(kernels, "choose", by_dtype)
+    records = []
+    for backend in ("cuda", "torch"):
+        params = [
+            torch.nn.Parameter(noise((n,), n, dtype)) for n, dtype in ((300, torch.float32), (500, torch.float64))
+        ]
+        optimizer = build_optimizer("F-SAM sigma=0.5 lmbda=0.9", base, params, backend, rho=0.5)
+        passes = [random_gradients(params, k) for k in range(6)]
+        if bad is not None:
+            passes[2][bad - 1][7] = float("inf")
+        records.append(scripted_steps(optimizer, params, passes))
+        assert {space.kernels.__name__.rsplit(".", 1)[-1] for space in optimizer._spaces} == (
+            {"cuda", "cpu"} if backend == "cuda" else {"torch"}
+        )
+    if bad is not None:
+        assert all(torch.equal(a, b) for a, b in zip(records[0][1], records[0][3], strict=True))
+    assert_same_rounding(*records, torch.float32)
+
+
+def test_a_gradient_on_another_device_is_refused():
+    space = FlatSpace([torch.nn.Parameter(torch.zeros(5))], [0], perturbed=True)
+    with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(5,\) is on meta, the parameter on cpu"):
+        space.use_gradients([torch.zeros(5, device="meta")])
 
 
 def test_auto_prefers_cuda_to_triton():

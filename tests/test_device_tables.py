@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsam.flat import FlatSpace
-from fastsam.kernels import Ascent, device
+from fastsam.kernels import Ascent, device, launches
 
 
 def space_of(*tensors, groups=None):
@@ -157,8 +157,8 @@ def test_few_layouts_are_kept():
 def test_hyper_parameters_are_uploaded_when_they_change(monkeypatch):
     table = device.DeviceTable(space_of(torch.zeros(10)))
     uploads = []
-    upload = table._upload
-    monkeypatch.setattr(table, "_upload", lambda *a: uploads.append(1) or upload(*a))
+    upload = table.upload
+    monkeypatch.setattr(table, "upload", lambda *a: uploads.append(1) or upload(*a))
     first = table.hyper("sgd", [(0.1, 0.9)])
     again = table.hyper("sgd", [(0.1, 0.9)])
     assert again is first
@@ -177,13 +177,109 @@ def test_tensor_hyper_parameters_are_taken_as_they_are_at_each_call():
     assert table.hyper("sgd", [(lr,)]).tolist() == [[0.25]]
 
 
-def test_sums_survive_one_further_call():
+def test_a_table_for_another_number_of_groups_does_not_displace_the_first():
+    """A captured graph goes on reading it, whatever a curvature estimate does in between."""
     table = device.DeviceTable(space_of(torch.zeros(10)))
-    first, second, third = table.next_sums(), table.next_sums(), table.next_sums()
-    assert first.data_ptr() != second.data_ptr()
-    assert third.data_ptr() == first.data_ptr()
-    assert first.dtype == torch.float64
-    assert all(sums.data_ptr() % 16 == 0 for sums in (first, second)), "kernels are compiled for aligned arguments"
+    first = table.hyper("ascent", [(0.1, 0.9)])
+    table.hyper("ascent", [(0.5, 0.5), (1.0, 0.0)])
+    assert table.hyper("ascent", [(0.2, 0.9)]).data_ptr() == first.data_ptr()
+    assert first.tolist() == [[0.2, 0.9]]
+
+
+def test_partial_sums_have_room_for_rows_that_no_longer_merge():
+    space = flattened()
+    table = device.table_of(space)
+    for merged in (True, False):
+        assert 3 * table.layout(space, merged=merged).programs <= len(table.partials)
+
+
+def test_tables_of_a_capture_are_filled_when_it_is_over():
+    space = space_of(torch.zeros(100), torch.zeros(50))
+    table = device.table_of(space)
+    give_gradients(space)
+    known = table.layout(space)
+    recording = device.Recording(table, space)
+    assert table.layout(space) is known
+    give_gradients(space)
+    space.climbed = [True, False]
+    merged, single = table.layout(space), table.layout(space, merged=False)
+    assert all(not t.any() for t in (merged.rows, single.rows)), "nothing is copied within a capture"
+    recording.fill()
+    for layout in (merged, single):
+        assert columns(layout.rows, "gradient") == [p.grad.data_ptr() for p in space.params]
+        assert columns(layout.rows, "climbed") == [1, 0]
+    assert {id(known), id(merged), id(single)} <= set(map(id, recording.kept)), "a graph reads them all"
+    assert all(t.data_ptr() % 16 == 0 for t in (merged.rows, single.rows)), "kernels are compiled for aligned tables"
+
+
+def test_a_capture_has_room_for_the_tables_of_a_step_at_their_largest():
+    space = flattened()
+    table = device.table_of(space)
+    table.chunk_size = 16  # as many chunks as there can be
+    table.most_programs = sum(-(-p.numel() // 16) for p in space.params)
+    recording = device.Recording(table, space)
+    for climbed in ([False] * 3, [True, False, True]):
+        space.climbed = climbed
+        for merged in (True, False):
+            table.layout(space, merged=merged)
+    recording.fill()
+    assert recording._used <= len(recording._room)
+
+
+def test_tables_of_a_capture_that_failed_are_forgotten():
+    space = space_of(torch.zeros(100))
+    table = device.table_of(space)
+    give_gradients(space)
+    recording = device.Recording(table, space)
+    unfilled = table.layout(space)
+    recording.abandon()
+    assert table.layout(space) is not unfilled
+    assert columns(table.layout(space).rows, "size") == [100]
+
+
+def test_a_capture_writes_no_hyper_parameters():
+    space = space_of(torch.zeros(10))
+    table = device.table_of(space)
+    table.hyper("sgd", [(0.1, 0.9)])
+    device.Recording(table, space)
+    table.hyper("sgd", [(0.1, 0.9)])
+    with pytest.raises(RuntimeError, match="changed within the captured step"):
+        table.hyper("sgd", [(0.2, 0.9)])
+    with pytest.raises(RuntimeError, match="first gradient within the captured step"):
+        table.blank(space, torch.zeros(space.numel), [False], math.nan)
+
+
+@pytest.fixture
+def tensors_on_the_device(monkeypatch):
+    """Takes every tensor for one on a GPU, which the host may not read."""
+    monkeypatch.setattr(device, "on_device", lambda x: isinstance(x, torch.Tensor))
+
+
+def test_a_capture_leaves_a_schedules_tensors_to_the_replay_and_repeats_what_is_computed(tensors_on_the_device):
+    space = space_of(torch.zeros(10))
+    table = device.DeviceTable(space)
+    lr, coefficient = torch.tensor(0.5), torch.tensor(2.0)
+    table.hyper("sgd", [(lr, 0.9)])
+    table.hyper("coefficients", [(coefficient, 0.0)], repeated=True)
+    recording = device.Recording(table, space)
+    lr.fill_(0.25)
+    coefficient.fill_(3.0)
+    assert table.hyper("sgd", [(lr, 0.9)]).tolist() == [[0.5, 0.9]]
+    assert table.hyper("coefficients", [(coefficient, 0.0)], repeated=True).tolist() == [[3.0, 0.0]]
+    recording.fill()
+    assert table.hyper("sgd", [(lr, 0.9)]).tolist() == [[0.25, 0.9]]
+
+
+def test_a_number_in_the_place_of_a_tensor_is_uploaded(tensors_on_the_device):
+    table = device.DeviceTable(space_of(torch.zeros(10)))
+    for lr in (0.0, torch.tensor(0.5), 0.0):
+        assert table.hyper("sgd", [(lr,)]).tolist() == [[float(lr)]]
+
+
+def test_sums_lie_where_kernels_are_compiled_for():
+    first, second = device.DeviceTable(space_of(torch.zeros(10))).sums
+    assert all(sums.dtype == torch.float64 and sums.data_ptr() % 16 == 0 for sums in (first, second))
+    assert abs(first.data_ptr() - second.data_ptr()) >= 24
 
 
 def test_unstarted_parts_are_marked_once_and_again_after_they_were_written():
@@ -207,20 +303,20 @@ def test_coefficients_are_computed_on_the_device_unless_they_are_of_the_closed_f
 
     sums = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
     ascent = Ascent([{"rho": 0.5}], own, vector=torch.zeros(1))
-    [line] = device.ascent_lines(ascent, sums)
+    [line] = launches.ascent_lines(ascent, sums)
     assert [float(x) for x in line] == [1.0, 8.0, 0.0, 0.0, 0.0]
     own.closed_form = True
-    assert device.ascent_lines(ascent, sums) == [(0.5, 0.0, 0.0, 0.0, False)]
+    assert launches.ascent_lines(ascent, sums) == [(0.5, 0.0, 0.0, 0.0, False)]
 
 
 def test_an_alpha_without_a_vector_is_somebody_elses():
     ascent = Ascent([{"rho": 0.5, "alpha": 0.99}])
-    assert device.ascent_lines(ascent, None) == [(0.5, 0.0, 0.0, 0.0, False)]
+    assert launches.ascent_lines(ascent, None) == [(0.5, 0.0, 0.0, 0.0, False)]
 
 
 def test_powers_of_beta_are_exact_enough():
     group = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True, maximize=False)
-    line = dict(zip(device.ADAM, device.adam_lines([group])[0], strict=True))
+    line = dict(zip(device.ADAM, launches.adam_lines([group])[0], strict=True))
     for t in (1, 2, 1000, 100_000):
         assert math.isclose(2 ** (t * line["log2_beta2"]), 0.999**t, rel_tol=1e-11)
-    assert device.adam_lines([{**group, "betas": (0.0, 0.9)}])[0][3] == -math.inf
+    assert launches.adam_lines([{**group, "betas": (0.0, 0.9)}])[0][3] == -math.inf

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastsam.kernels import triton as backend  # noqa: E402
+from fastsam.kernels import triton_access as access  # noqa: E402
 from fastsam.kernels import triton_kernels as kernels  # noqa: E402
 
 TARGETS = {
@@ -78,7 +79,7 @@ def compiled(case: Case, target: str):
     constants |= {"W": case.weights, "G": case.weights, "BLOCK": backend._BLOCK, **dict(case.constants)}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"rows": "*i64", "chunks": "*i64", "counter": "*i32", "steps": "*fp32", "n_rows": "i32"}
-    types |= dict.fromkeys(("hyper", "scaling", "sums", "partials"), "*fp64")
+    types |= dict.fromkeys(("hyper", "scaling", "sums", "met", "partials"), "*fp64")
     signature = {
         name: "constexpr" if name in constants else types.get(name, f"*{case.weights.name}")
         for name in kernel.arg_names
@@ -208,3 +209,12 @@ def test_the_last_program_is_found_with_release_and_acquire(kernel):
 def test_several_gradient_dtypes_in_one_launch_compile(target):
     case = Case("climb", 4, 3, ("vector",), constants=(("CLOSED_FORM", True), ("G", None)))
     assert "scratch_" not in listing(case, target)
+
+
+def test_device_functions_have_no_default_arguments():
+    """Triton before 3.9 makes no constexpr of a default that is a string: what has one does not compile there."""
+    for module in (kernels, access):
+        for name, function in vars(module).items():
+            if isinstance(function, triton.JITFunction):
+                defaults = [p.name for p in function.params if p.has_default]
+                assert not defaults, (name, defaults)

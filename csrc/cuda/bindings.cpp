@@ -32,10 +32,10 @@ Where where(const py::tuple& t) {
 }
 
 void py_gram(const py::tuple& t, Address groups, Address scaling, Address ema, Address vector, Address partials,
-             Address counter, Address sums, bool weighted) {
+             Address counter, Address sums, Address met, bool weighted) {
   const Where w = where(t);
   gram({w.table, at<AscentGroup>(groups), at<Scaling>(scaling), at<void>(ema), at<void>(vector), at<double>(partials),
-        at<int>(counter), at<double>(sums), weighted},
+        at<int>(counter), at<double>(sums), at<double>(met), weighted},
        w.types, w.place);
 }
 

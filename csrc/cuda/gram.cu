@@ -122,6 +122,12 @@ FASTSAM_INLINE void put(double* at, int stride, const Sums& sums) {
   at[2 * stride] = sums.vv;
 }
 
+// Sums that have to be finite for these to be: 0 times infinity is NaN.
+FASTSAM_INLINE Sums carried(Sums sums, const double* met) {
+  if (met) add(sums, {0 * met[0], 0 * met[1], 0 * met[2]});
+  return sums;
+}
+
 __device__ __forceinline__ void fold_block(Sums* lanes) {
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<W, G>) gram_kernel(c
   if (finished_last(a.counter, gridDim.x)) {
     lanes[threadIdx.x] = over_blocks(a, gridDim.x, threadIdx.x);
     fold_block(lanes);
-    if (threadIdx.x == 0) put(a.sums, 1, lanes[0]);
+    if (threadIdx.x == 0) put(a.sums, 1, carried(lanes[0], a.met));
   }
 }
 
@@ -167,7 +173,7 @@ void gram_on_host(const GramArgs& a, int blocks) {
     });
     put(a.partials + block, blocks, sums);
   }
-  put(a.sums, 1, block_on_host([&](int thread) { return over_blocks(a, blocks, thread); }));
+  put(a.sums, 1, carried(block_on_host([&](int thread) { return over_blocks(a, blocks, thread); }), a.met));
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct GramArgs {
   double* partials;    // room for three sums of every block
   int* counter;        // 0 between launches
   double* sums;        // <d,d>, <d,v>, <v,v>
+  const double* met;   // sums of an earlier pass, or null: not finite, they make these so
   bool weighted;       // adaptive groups count w d instead of d
 };
 

@@ -10,7 +10,7 @@ A backend is a module with five functions over a :class:`~fastsam.flat.FlatSpace
 ``restore(space)``                     write the backup back to every climbed weight
 =====================================  ==========================================================================
 
-``descend`` gets the sums of the second gradient, not finite if the first pass's were not.
+``descend`` gets the sums of the second gradient, not finite if the first pass's (``Ascent.met``) were not.
 Where ``sums`` is not finite, ``climb`` only backs up and ``descend`` only restores: a step that met a NaN or an
 infinity changes nothing. ``DECIDES_ON_HOST`` says whether the host waits for the sums to see that; a backend that
 decides on the device is never waited for. ``kernels/torch.py`` is the specification the others are tested against.
@@ -43,6 +43,7 @@ class Ascent:
     vector: Tensor | None = None  # v, flat
     weighted: bool = False  # adaptive groups count |w| d in <d,d>
     grad_scale: float | Tensor = 1.0  # gradients are multiplied by it as they are read
+    met: Tensor | None = None  # an earlier pass's sums: where they are not finite, gram's are not
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsam.flat import FlatSpace
 from fastsam.kernels import Ascent, Descent
-from fastsam.kernels.torch import clip_coefficient
+from fastsam.kernels.torch import carried, clip_coefficient
 
 try:
     from fastsam import _cpu
@@ -65,7 +65,7 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
         float(ascent.grad_scale),
         torch.get_num_threads(),
     )
-    return torch.tensor(sums, dtype=torch.float64)
+    return carried(torch.tensor(sums, dtype=torch.float64), ascent.met)
 
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
@@ -109,7 +109,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     if not all(map(math.isfinite, sums.tolist())):
         return restore(space)
     steps = descent.state["step"]
-    steps += torch.tensor([a != 0 for a in space.gradient_addresses]) if 0 in space.gradient_addresses else 1
+    steps += torch.tensor([g is not None for g in space.gradients]) if 0 in space.gradient_addresses else 1
     _cpu.descend_adam(
         _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),

@@ -10,7 +10,6 @@ a GPU or driver. What it cannot show is what only a GPU has: memory that blocks 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fastsam.flat import FlatSpace
-from fastsam.kernels import Ascent, Descent, device
+from fastsam.kernels import device
+from fastsam.kernels.launches import DevicePasses
 
 try:
     from fastsam import _cuda
@@ -51,116 +51,13 @@ def refuses(device_: torch.device, dtype: torch.dtype) -> str | None:
     return None if _on_host() else _too_old(torch.cuda.get_device_capability(device_), tuple(_cuda.architectures()))
 
 
-def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    sums = table.next_sums()
-    if not layout.programs:
-        return sums.zero_()
-    if ascent.ema is not None:
-        table.blank(space, ascent.ema, ascent.ema_started, float("nan"))
-    weighted = ascent.weighted and any(g["adaptive"] for g in ascent.groups)
-    hyper = table.hyper("ascent", device.ascent_lines(ascent, None)) if weighted or ascent.ema is not None else None
-    with _on(space.device):
-        _cuda.gram(
-            _launch(space, layout),
-            _address(hyper),
-            _address(table.hyper("ascent scaling", device.scaling_line(ascent.grad_scale))),
-            _address(ascent.ema),
-            _address(ascent.vector),
-            _address(table.partials(_cuda.gram_blocks(layout.programs))),
-            _address(table.counter),
-            _address(sums),
-            weighted,
-        )
-    return sums
+def _launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    with device.current(space.device):
+        getattr(_cuda, name)(_where(space, layout), *addresses, *flags.values())
 
 
-def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    closed_form = device.closed_form(ascent)
-    hyper = table.hyper("ascent" if closed_form else "coefficients", device.ascent_lines(ascent, sums))
-    backup = space.buffer("backup").flat
-    if layout.programs:
-        with _on(space.device):
-            _cuda.climb(
-                _launch(space, layout),
-                _address(hyper),
-                _address(table.hyper("ascent scaling", device.scaling_line(ascent.grad_scale))),
-                _address(sums),
-                _address(backup),
-                _address(ascent.ema),
-                _address(ascent.ema_next),
-                _address(ascent.vector),
-                closed_form,
-            )
-    space.climbed = [g is not None for g in space.gradients]
-    if ascent.ema_next is not None:
-        table.written(ascent.ema_next, space.climbed)
-
-
-def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    momentum = descent.state.get("momentum_buffer")
-    if momentum is not None:
-        table.blank(space, momentum, descent.started, float("nan"))
-        table.written(momentum, [g is not None for g in space.gradients])
-    hyper = table.hyper("sgd", device.sgd_lines(descent.groups))
-    if layout.programs:
-        with _on(space.device):
-            _cuda.descend_sgd(
-                _launch(space, layout),
-                _address(hyper),
-                *_descent(space, table, descent, sums),
-                _address(momentum),
-            )
-
-
-def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space, merged=False)  # neighbours may have taken different numbers of steps
-    for name in ("exp_avg", "exp_avg_sq"):
-        table.blank(space, descent.state[name], descent.started, 0.0)
-        table.written(descent.state[name], [g is not None for g in space.gradients])
-    hyper = table.hyper("adam", device.adam_lines(descent.groups))
-    if layout.programs:
-        with _on(space.device):
-            _cuda.descend_adam(
-                _launch(space, layout),
-                _address(hyper),
-                *_descent(space, table, descent, sums),
-                _address(descent.state["exp_avg"]),
-                _address(descent.state["exp_avg_sq"]),
-                _address(descent.state["step"]),
-                _address(table.counter),
-            )
-
-
-def restore(space: FlatSpace) -> None:
-    if not any(space.climbed):
-        return
-    layout = device.table_of(space).layout(space, gradients=False)
-    if layout.programs:
-        with _on(space.device):
-            _cuda.restore(_launch(space, layout), _backup(space))
-
-
-def _descent(space: FlatSpace, table: device.DeviceTable, descent: Descent, sums: Tensor) -> tuple[int, ...]:
-    """What both descents take: scaling, sums, backup, m and the m that climb wrote."""
-    line = device.scaling_line(descent.grad_scale, descent.max_norm, descent.clip_value)
-    scaling = table.hyper("descent scaling", line)
-    return (
-        _address(scaling),
-        _address(sums),
-        _backup(space),
-        _address(descent.ema),
-        _address(descent.ema_next),
-    )
-
-
-def _launch(space: FlatSpace, layout: device.Layout) -> tuple:
+def _where(space: FlatSpace, layout: device.Layout) -> tuple:
     """The tables of a launch, its types, and where it runs; a stream of None is the host."""
     where = space.device
     return (
@@ -173,21 +70,6 @@ def _launch(space: FlatSpace, layout: device.Layout) -> tuple:
         where.index or 0,
         torch.cuda.current_stream(where).cuda_stream if where.type == "cuda" else None,
     )
-
-
-def _on(where: torch.device) -> contextlib.AbstractContextManager:
-    """Makes ``where`` torch's current device, at no cost where it is that already."""
-    if where.type == "cpu" or where.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(where)
-
-
-def _backup(space: FlatSpace) -> int:
-    return _address(space.buffer("backup").flat) if any(space.climbed) else 0
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _on_host() -> bool:
@@ -220,3 +102,8 @@ def _too_old(capability: tuple[int, int], architectures: Sequence[int]) -> str |
         return None
     names = ", ".join(f"sm_{a}{b}" for a, b in sorted(compiled))
     return f"the kernels were compiled for {names}, this GPU is an sm_{major}{minor}; rebuild with FASTSAM_CUDA_ARCHS"
+
+
+_passes = DevicePasses(_launch)
+gram, climb, restore = _passes.gram, _passes.climb, _passes.restore
+descend_sgd, descend_adam = _passes.descend_sgd, _passes.descend_adam

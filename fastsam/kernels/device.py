@@ -8,7 +8,7 @@ allocated or uploaded once addresses and hyper-parameters have settled.
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fastsam.flat import FlatSpace
-from fastsam.kernels import Ascent
 
 #: How a kernel tells dtypes apart at run time.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -65,64 +64,75 @@ class DeviceTable:
         self.device = space.device
         self.chunk_size = chunk_size(space.numel)
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)[:, :3].unbind()  # 16-byte aligned
-        self._turn = 0
-        self._partials = torch.empty(0, dtype=torch.float64, device=self.device)
+        #: Room for three float64 sums of every program. Rows that are merged have no more chunks than single ones.
+        self.most_programs = sum(-(-p.numel() // self.chunk_size) for p in space.params)
+        self.partials = torch.empty(3 * self.most_programs, dtype=torch.float64, device=self.device)
+        #: While a CUDA graph is captured: where new tables go. See :class:`Recording`.
+        self.recording: Recording | None = None
+        #: Room for the Gram sums of a first pass, and for those of a second: the decision on a step stays where it is
+        #: whatever is measured before the next. Both begin at multiples of 16 bytes.
+        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)[:, :3].unbind()
         self._layouts: OrderedDict[tuple, Layout] = OrderedDict()
         self._chunks: dict[tuple, Tensor] = {}
-        self._hyper: dict[str, tuple[list, Tensor]] = {}
+        self._hyper: dict[tuple[str, int], tuple[list, Tensor]] = {}
         self._blank: dict[int, set[int]] = {}
-        self._captured: list = []  # what a CUDA graph may read again at any replay
 
     def layout(self, space: FlatSpace, merged: bool = True, gradients: bool = True) -> Layout:
         """The tables for the addresses as they are now.
 
         ``merged`` makes one row of adjacent parameters; ``gradients=False`` leaves gradients out, so that only
-        climbed parameters have rows.
+        climbed parameters have rows. Raises ``RuntimeError`` in a CUDA graph that ``fastsam.graphs`` does not capture.
         """
+        if self.recording is None and capturing(self.device):
+            raise RuntimeError(
+                "the passes cannot be captured into a CUDA graph from outside, where their tables and hyper-parameters "
+                "would stay what they are now: use fastsam.graphs.capture(optimizer, closure, *batch)"
+            )
         addresses = space.gradient_addresses if gradients else [0] * len(space.params)
+        if gradients and not merged:  # a parameter without elements has no address, but its steps are counted
+            addresses = [a or int(g is not None) for a, g in zip(addresses, space.gradients, strict=True)]
         key = (merged, *space.weights, *addresses, *space.gradient_dtypes, *space.climbed)
         found = self._layouts.get(key)
         if found is None:
             rows = build_rows(space, addresses, merged)
             table = torch.tensor(rows, dtype=torch.int64).view(-1, len(ROW))
-            found = Layout(self._upload(table), self._chunks_of(rows))
+            found = Layout(self._table(table), self._chunks_of(rows))
             self._layouts[key] = found
             if len(self._layouts) > _KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
-            if _capturing(self.device):
-                self._captured.append(found)
         self._layouts.move_to_end(key)
+        if self.recording is not None:
+            self.recording.kept.append(found)
         return found
 
-    def hyper(self, name: str, lines: Sequence[Sequence]) -> Tensor:
+    def hyper(self, name: str, lines: Sequence[Sequence], repeated: bool = False) -> Tensor:
         """The table of hyper-parameters called ``name``: float64, one line for each group.
 
-        Entries are numbers, or 0-dimensional tensors, which are copied on the device and never read by the host.
+        Entries are numbers, or 0-dimensional tensors, which are copied on the device and never read by the host. In a
+        CUDA graph nothing is written but what is ``repeated`` with it: the rest is brought up to date before a replay.
         """
-        numbers = [[0.0 if _on_device(x) else float(x) for x in line] for line in lines]
-        last, table = self._hyper.get(name, (None, None))
-        if table is None or len(last) != len(numbers):
-            last, table = None, torch.empty(len(lines), len(lines[0]), dtype=torch.float64, device=self.device)
+        copied = {
+            (i, j): x
+            for i, line in enumerate(lines)
+            for j, x in enumerate(line)
+            if on_device(x) or (repeated and isinstance(x, Tensor))
+        }
+        numbers = [[None if (i, j) in copied else float(x) for j, x in enumerate(line)] for i, line in enumerate(lines)]
+        key = (name, len(lines))
+        last, table = self._hyper.get(key, (None, None))
+        if table is None:
+            table = torch.empty(len(lines), len(lines[0]), dtype=torch.float64, device=self.device)
         if numbers != last:
-            self._upload(torch.tensor(numbers, dtype=torch.float64), table)
-            self._hyper[name] = (numbers, table)
-        for i, line in enumerate(lines):
-            for j, x in enumerate(line):
-                if _on_device(x):
-                    table[i, j].copy_(x, non_blocking=True)
+            if self.recording is not None:
+                raise RuntimeError("a hyper-parameter changed within the captured step: change it between steps")
+            self.upload(torch.tensor([[x or 0.0 for x in line] for line in numbers], dtype=torch.float64), table)
+            self._hyper[key] = (numbers, table)
+        if self.recording is not None:
+            self.recording.kept.append(table)
+        if self.recording is None or repeated:
+            for (i, j), x in copied.items():
+                table[i, j].copy_(x, non_blocking=True)
         return table
-
-    def partials(self, programs: int) -> Tensor:
-        """Room for three float64 sums of every program."""
-        if len(self._partials) < 3 * programs:
-            self._partials = torch.empty(3 * programs, dtype=torch.float64, device=self.device)
-        return self._partials
-
-    def next_sums(self) -> Tensor:
-        """Room for the Gram sums, which stays untouched for one further call."""
-        self._turn = 1 - self._turn
-        return self._sums[self._turn]
 
     def blank(self, space: FlatSpace, flat: Tensor, started: Sequence[bool], value: float) -> None:
         """Fills the parts of ``flat`` that belong to parameters never started with ``value``, unless they hold it.
@@ -134,6 +144,8 @@ class DeviceTable:
             return
         blank = self._blank.setdefault(flat.data_ptr(), set())
         missing = [i for i, s in enumerate(started) if not s and i not in blank]
+        if missing and self.recording is not None:
+            raise RuntimeError("a parameter met its first gradient within the captured step: capture again")
         if len(missing) == len(space.params):
             flat.fill_(value)
         else:
@@ -147,23 +159,72 @@ class DeviceTable:
         if blank:
             blank.difference_update([i for i, w in enumerate(which) if w])
 
+    def upload(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """``values`` in device memory, through pinned memory, so that the host does not wait for the copy.
+
+        The copy waits its turn on the current stream: a launch or a replay that is under way there reads what was
+        there before. torch keeps the pinned memory until the copy is done.
+        """
+        if self.device.type == "cpu":
+            return values if out is None else out.copy_(values)
+        out = torch.empty_like(values, device=self.device) if out is None else out
+        return out.copy_(values.pin_memory(), non_blocking=True)
+
+    def forget_layouts(self) -> None:
+        """Lets go of every table of addresses: those of a capture that failed were never filled."""
+        self._layouts.clear()
+        self._chunks.clear()
+
     def _chunks_of(self, rows: list[tuple[int, ...]]) -> Tensor:
         sizes = tuple(row[ROW.index("size")] for row in rows)
         if sizes not in self._chunks:
             if len(self._chunks) >= _KEPT_LAYOUTS:
                 self._chunks.clear()
-            self._chunks[sizes] = self._upload(build_chunks(sizes, self.chunk_size))
+            self._chunks[sizes] = self._table(build_chunks(sizes, self.chunk_size))
         return self._chunks[sizes]
 
-    def _upload(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """``values`` in device memory, through pinned memory, so that the host does not wait for the copy."""
-        if self.device.type == "cpu":
-            return values if out is None else out.copy_(values)
-        pinned = values.pin_memory()
-        out = torch.empty_like(values, device=self.device) if out is None else out
-        if _capturing(self.device):
-            self._captured.append(pinned)
-        return out.copy_(pinned, non_blocking=True)
+    def _table(self, values: Tensor) -> Tensor:
+        return self.upload(values) if self.recording is None else self.recording.reserve(values)
+
+
+class Recording:
+    """The tables of launches that a CUDA graph will repeat: made before the capture, filled after it.
+
+    What a capture allocates belongs to the graph, whose own kernels write over it in every replay; what it copies
+    is copied again in every replay. So the room is there before, and :meth:`fill` copies when the capture is over. The
+    graph has to hold on to this object: ``kept`` are the tensors that its launches read.
+    """
+
+    _LAYOUTS = 4  # of one step: gram and climb, gram and descend, rows of single parameters for Adam, restore
+    _UNIT = 32  # entries: tables begin at multiples of 256 bytes
+
+    def __init__(self, table: DeviceTable, space: FlatSpace) -> None:
+        most = len(space.params) * len(ROW) + table.most_programs * len(CHUNK) + 2 * self._UNIT
+        self.kept: list = [table.counter, table.partials]
+        self._table = table
+        self._room = torch.zeros(self._LAYOUTS * most, dtype=torch.int64, device=table.device)
+        self._used = 0
+        self._unfilled: list[tuple[Tensor, Tensor]] = []
+        table.recording = self
+
+    def reserve(self, values: Tensor) -> Tensor:
+        """Where ``values`` will be."""
+        place = self._room[self._used : self._used + values.numel()].view(values.shape)
+        self._used += -(-values.numel() // self._UNIT) * self._UNIT
+        self._unfilled.append((place, values))
+        return place
+
+    def fill(self) -> None:
+        """Ends the recording."""
+        self._table.recording = None
+        for place, values in self._unfilled:
+            self._table.upload(values, place)
+        self._unfilled.clear()
+
+    def abandon(self) -> None:
+        """Ends the recording of a capture that failed."""
+        self._table.recording = None
+        self._table.forget_layouts()
 
 
 def table_of(space: FlatSpace) -> DeviceTable:
@@ -189,7 +250,7 @@ def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> list
     item_sizes = {code: dtype.itemsize for dtype, code in DTYPES.items()}
     for i, p in enumerate(space.params):
         size = p.numel()
-        if not size or not (addresses[i] or space.climbed[i]):
+        if not (addresses[i] or (size and space.climbed[i])) or (merged and not size):
             continue
         row = [
             space.weights[i], addresses[i], space.offsets[i], size,
@@ -220,59 +281,16 @@ def build_chunks(sizes: Sequence[int], chunk: int) -> Tensor:
     return torch.stack([row, begin, torch.clamp(size[row] - begin, max=chunk)], dim=1)
 
 
-def closed_form(ascent: Ascent) -> bool:
-    """Whether the kernels may compute the coefficients themselves, by the closed form of the family:
-
-    c_d = rho (1/n - alpha s <d,v>/n^2) and c_v = rho alpha s, with n = sqrt(<d,d>) + 1e-12, s = sign <d,v>.
-    A method says so by ``coefficients.closed_form = True``; what overrides it does not inherit that.
-    """
-    return getattr(ascent.coefficients, "closed_form", False)
+def current(where: torch.device) -> contextlib.AbstractContextManager:
+    """Makes ``where`` torch's current device, at no cost where it is that already, or is no GPU."""
+    if where.type == "cpu" or where.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(where)
 
 
-def scaling_line(grad_scale, max_norm: float | None = None, clip_value: float | None = None) -> list[tuple]:
-    return [(grad_scale, math.inf if max_norm is None else max_norm, math.inf if clip_value is None else clip_value)]
-
-
-def ascent_lines(ascent: Ascent, sums: Tensor | None) -> list[tuple]:
-    """The groups' lines for the first pass; with ``sums``, a method's own coefficients computed on the device."""
-    lines = []
-    for g in ascent.groups:
-        pair = g.get("rho", 0.0), g.get("alpha", 0.0) if ascent.vector is not None else 0.0
-        if sums is not None and not closed_form(ascent):
-            pair = ascent.coefficients(*sums.unbind(), g)
-        lines.append((*pair, g.get("sigma", 0.0), g.get("lmbda", 0.0), g.get("adaptive", False)))
-    return lines
-
-
-def sgd_lines(groups: Sequence[dict]) -> list[tuple]:
-    return [tuple(g[name] for name in SGD) for g in groups]
-
-
-def adam_lines(groups: Sequence[dict]) -> list[tuple]:
-    return [
-        (
-            g["lr"],
-            *g["betas"],
-            *map(_log2, g["betas"]),
-            g["eps"],
-            g["weight_decay"],
-            g["decoupled_weight_decay"],
-            g["maximize"],
-        )
-        for g in groups
-    ]
-
-
-def _log2(beta) -> float | Tensor:
-    """For beta^t as 2^(t log2 beta), which devices compute without a power function."""
-    if _on_device(beta):
-        return beta.double().log2()
-    return math.log2(beta) if beta > 0 else -math.inf
-
-
-def _on_device(x) -> bool:
+def on_device(x) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()

@@ -40,7 +40,7 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
         if ascent.weighted and group["adaptive"]:
             d = d * _weight(space, i).double()
         sums[0] += (d * d).sum()
-    return sums
+    return carried(sums, ascent.met)
 
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
@@ -145,6 +145,11 @@ def clipped(g: Tensor, descent: Descent, sums: Tensor) -> Tensor:
 def clip_coefficient(max_norm: float, squared_norm: float) -> float:
     """min(1, max_norm / (norm + 1e-6)), as torch has it."""
     return min(1.0, max_norm / (squared_norm**0.5 + 1e-6))
+
+
+def carried(sums: Tensor, met: Tensor | None) -> Tensor:
+    """The sums, not finite where those of an earlier pass are not: 0 times infinity is NaN."""
+    return sums if met is None else torch.add(sums, met.to(sums.device), alpha=0)
 
 
 def all_finite(sums: Tensor) -> bool:

@@ -12,14 +12,15 @@ momentum buffer marks a parameter it has not met.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastsam.flat import FlatSpace
-from fastsam.kernels import Ascent, Descent, device
+from fastsam.kernels import device
+from fastsam.kernels.launches import DevicePasses
 
 try:
     import triton
@@ -52,128 +53,14 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         )
     if dtype not in _DTYPES:
         return f"they handle {', '.join(str(d) for d in _DTYPES)}"
-    return None
+    return _too_old(device) if device.type == "cuda" and not torch.version.hip else None
 
 
-def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    sums = table.next_sums()
-    if not layout.programs:
-        return sums.zero_()
-    if ascent.ema is not None:
-        table.blank(space, ascent.ema, ascent.ema_started, float("nan"))
-    weighted = ascent.weighted and any(g["adaptive"] for g in ascent.groups)
-    hyper = table.hyper("ascent", device.ascent_lines(ascent, None)) if weighted or ascent.ema is not None else None
-    with _on(space.device):
-        gram_kernel[(layout.programs,)](
-            layout.rows,
-            layout.chunks,
-            hyper,
-            table.hyper("ascent scaling", device.scaling_line(ascent.grad_scale)),
-            ascent.ema,
-            ascent.vector,
-            table.partials(layout.programs),
-            table.counter,
-            sums,
-            WEIGHTED=weighted,
-            **_types(space),
-        )
-    return sums
-
-
-def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    closed_form = device.closed_form(ascent)
-    hyper = table.hyper("ascent" if closed_form else "coefficients", device.ascent_lines(ascent, sums))
-    backup = space.buffer("backup").flat
-    if layout.programs:
-        with _on(space.device):
-            climb_kernel[(layout.programs,)](
-                layout.rows,
-                layout.chunks,
-                hyper,
-                table.hyper("ascent scaling", device.scaling_line(ascent.grad_scale)),
-                sums,
-                backup,
-                ascent.ema,
-                ascent.ema_next,
-                ascent.vector,
-                CLOSED_FORM=closed_form,
-                **_types(space),
-            )
-    space.climbed = [g is not None for g in space.gradients]
-    if ascent.ema_next is not None:
-        table.written(ascent.ema_next, space.climbed)
-
-
-def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space)
-    momentum = descent.state.get("momentum_buffer")
-    if momentum is not None:
-        table.blank(space, momentum, descent.started, float("nan"))
-        table.written(momentum, [g is not None for g in space.gradients])
-    hyper = table.hyper("sgd", device.sgd_lines(descent.groups))
-    if layout.programs:
-        with _on(space.device):
-            sgd_kernel[(layout.programs,)](
-                layout.rows,
-                layout.chunks,
-                hyper,
-                _scaling(table, descent),
-                sums,
-                _backup(space),
-                momentum,
-                descent.ema,
-                descent.ema_next,
-                **_types(space),
-            )
-
-
-def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    table = device.table_of(space)
-    layout = table.layout(space, merged=False)  # neighbours may have taken different numbers of steps
-    for name in ("exp_avg", "exp_avg_sq"):
-        table.blank(space, descent.state[name], descent.started, 0.0)
-        table.written(descent.state[name], [g is not None for g in space.gradients])
-    hyper = table.hyper("adam", device.adam_lines(descent.groups))
-    if layout.programs:
-        with _on(space.device):
-            adam_kernel[(layout.programs,)](
-                layout.rows,
-                layout.chunks,
-                hyper,
-                _scaling(table, descent),
-                sums,
-                _backup(space),
-                descent.state["exp_avg"],
-                descent.state["exp_avg_sq"],
-                descent.state["step"],
-                descent.ema,
-                descent.ema_next,
-                table.counter,
-                len(layout.rows),
-                **_types(space),
-            )
-
-
-def restore(space: FlatSpace) -> None:
-    if not any(space.climbed):
-        return
-    layout = device.table_of(space).layout(space, gradients=False)
-    if layout.programs:
-        with _on(space.device):
-            restore_kernel[(layout.programs,)](layout.rows, layout.chunks, _backup(space), **_geometry(space))
-
-
-def _backup(space: FlatSpace) -> Tensor | None:
-    return space.buffer("backup").flat if any(space.climbed) else None
-
-
-def _scaling(table: device.DeviceTable, descent: Descent) -> Tensor:
-    return table.hyper("descent scaling", device.scaling_line(descent.grad_scale, descent.max_norm, descent.clip_value))
+def _launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
+    types = _geometry(space) if name == "restore" else _types(space)
+    constants = {flag.upper(): value for flag, value in flags.items()} | types
+    with device.current(space.device):
+        _kernels[name][(layout.programs,)](layout.rows, layout.chunks, len(layout.rows), *tensors, **constants)
 
 
 def _types(space: FlatSpace) -> dict:
@@ -191,16 +78,18 @@ def _geometry(space: FlatSpace) -> dict:
 
 
 @functools.cache
+def _too_old(where: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(where)
+    return f"Triton compiles for GPUs from sm_70 on, this one is an sm_{major}{minor}" if major < 7 else None
+
+
+@functools.cache
 def _warp_size(where: torch.device) -> int:
     return torch.cuda.get_device_properties(where).warp_size if where.type == "cuda" else 32
 
 
-def _on(where: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
-
-
 def _interpreted() -> bool:
-    return triton is not None and not isinstance(gram_kernel, triton.JITFunction)
+    return triton is not None and not isinstance(_kernels["gram"], triton.JITFunction)
 
 
 if triton is not None:
@@ -210,4 +99,16 @@ if triton is not None:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
-    from fastsam.kernels.triton_kernels import adam_kernel, climb_kernel, gram_kernel, restore_kernel, sgd_kernel
+    from fastsam.kernels import triton_kernels
+
+    _kernels = {
+        "gram": triton_kernels.gram_kernel,
+        "climb": triton_kernels.climb_kernel,
+        "descend_sgd": triton_kernels.sgd_kernel,
+        "descend_adam": triton_kernels.adam_kernel,
+        "restore": triton_kernels.restore_kernel,
+    }
+
+_passes = DevicePasses(_launch)
+gram, climb, restore = _passes.gram, _passes.climb, _passes.restore
+descend_sgd, descend_adam = _passes.descend_sgd, _passes.descend_adam

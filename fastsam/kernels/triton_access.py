@@ -80,7 +80,8 @@ def _load_if(wanted, address, at, end, T: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def store(address, at, end, value, T: tl.constexpr, FULL: tl.constexpr, CACHE: tl.constexpr = ""):
+def store(address, at, end, value, T: tl.constexpr, FULL: tl.constexpr, CACHE: tl.constexpr):
+    """``CACHE``: ".cs" for what is not read again soon, else "". (As a default, Triton before 3.9 does not take it.)"""
     if FULL:
         tl.store(_pointers(address, at, T, True), value.to(T), cache_modifier=CACHE)
     else:
@@ -91,4 +92,4 @@ def store(address, at, end, value, T: tl.constexpr, FULL: tl.constexpr, CACHE: t
 def copy(target, source, begin, end, T: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        store(target, at, end, load(source, at, end, T, FULL), T, FULL)
+        store(target, at, end, load(source, at, end, T, FULL), T, FULL, "")

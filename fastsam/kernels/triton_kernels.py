@@ -33,12 +33,15 @@ _INF = tl.constexpr(float("inf"))
 # ---- gram: <d,d>, <d,v>, <v,v> in one read -----------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def gram_kernel(
-    rows, chunks, hyper, scaling, ema, vector, partials, counter, sums,
+    rows, chunks, n_rows, hyper, scaling, ema, vector, partials, counter, sums, met,
     W: tl.constexpr, G: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Three partial sums of this chunk; the program that finishes last adds them all, in the order of chunks."""
+    """Three partial sums of this chunk; the program that finishes last adds them all, in the order of chunks.
+
+    ``met`` are sums that have to be finite for these to be: 0 times infinity is NaN.
+    """
     i = tl.program_id(0)
     n = tl.num_programs(0)
     w, g, offset, group, _, _, kind, count = find_chunk(rows, chunks, i, W)
@@ -84,9 +87,11 @@ def gram_kernel(
     tl.store(partials + n + i, dv)
     tl.store(partials + 2 * n + i, vv)
     if _is_last(counter, n):
-        tl.store(sums, _total(partials, n))
-        tl.store(sums + 1, _total(partials + n, n))
-        tl.store(sums + 2, _total(partials + 2 * n, n))
+        for k in tl.static_range(3):
+            total = _total(partials + k * n, n)
+            if met is not None:
+                total += 0 * tl.load(met + k)
+            tl.store(sums + k, total)
 
 
 @triton.jit
@@ -129,9 +134,9 @@ def _total(partials, n):
 # ---- climb: back up w, write w + e, move the average on ------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def climb_kernel(
-    rows, chunks, hyper, scaling, sums, backup, ema, ema_next, vector,
+    rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, vector,
     W: tl.constexpr, G: tl.constexpr, CLOSED_FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     w, g, offset, group, _, _, kind, count = find_chunk(rows, chunks, _reversed(), W)
@@ -184,7 +189,7 @@ def _climb_range(
         old = stored.to(WIDE)
         e = tl.where(adaptive, e * (old * old), e)
         store(b, at, end, stored, W, FULL, ".cs")
-        store(w, at, end, old + e, W, FULL)
+        store(w, at, end, old + e, W, FULL, "")
 
 
 @triton.jit
@@ -198,9 +203,9 @@ def _coefficients(dd, dv, rho, alpha):
 # ---- descend: restore and the base optimizer's update in one pass -------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def sgd_kernel(
-    rows, chunks, hyper, scaling, sums, backup, momentum_buffer, ema, ema_next,
+    rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, momentum_buffer,
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     w, g, offset, group, _, climbed, kind, count = find_chunk(rows, chunks, _reversed(), W)
@@ -241,14 +246,14 @@ def _sgd_range(
         if MOMENTUM:
             last = load(buffer, at, end, W, FULL).to(WIDE)
             new = tl.where(last == last, last * momentum + d * undampened, d)
-            store(buffer, at, end, tl.where(momentum != 0, new, last), W, FULL)
+            store(buffer, at, end, tl.where(momentum != 0, new, last), W, FULL, "")
             d = tl.where(momentum != 0, tl.where(nesterov, d + new * momentum, new), d)
-        store(w, at, end, tl.where(lr != 0, old - d * lr, old), W, FULL)
+        store(w, at, end, tl.where(lr != 0, old - d * lr, old), W, FULL, "")
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def adam_kernel(
-    rows, chunks, hyper, scaling, sums, backup, exp_avg, exp_avg_sq, steps, ema, ema_next, counter, n_rows,
+    rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, exp_avg, exp_avg_sq, steps, counter,
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row is one parameter here. The program that finishes last counts the steps up, when all have read them."""
@@ -304,10 +309,10 @@ def _adam_range(
         a = load(first, at, end, W, FULL).to(WIDE)
         a = a + (d - a) * one_minus_beta1
         s = load(second, at, end, W, FULL).to(WIDE) * beta2 + d * d * one_minus_beta2
-        store(first, at, end, a, W, FULL)
-        store(second, at, end, s, W, FULL)
+        store(first, at, end, a, W, FULL, "")
+        store(second, at, end, s, W, FULL, "")
         denominator = tl.sqrt(s) / correction2 + eps
-        store(w, at, end, tl.where(step_size != 0, old * factor - a / denominator * step_size, old), W, FULL)
+        store(w, at, end, tl.where(step_size != 0, old * factor - a / denominator * step_size, old), W, FULL, "")
 
 
 @triton.jit
@@ -317,8 +322,8 @@ def _scale_and_limit(scaling, sums):
     return tl.load(scaling) * clip, tl.load(scaling + 2)
 
 
-@triton.jit
-def restore_kernel(rows, chunks, backup, W: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_rows"])
+def restore_kernel(rows, chunks, n_rows, backup, W: tl.constexpr, BLOCK: tl.constexpr):
     w, _, offset, _, _, climbed, _, count = find_chunk(rows, chunks, _reversed(), W)
     count = tl.where(climbed, count, 0)
     source = part(backup, offset)

@@ -1,0 +1,213 @@
+"""What surrounds a capture by :mod:`fastsam.graphs`: the GPU's part, what has to stay, what cannot be captured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from fastsam.checks import describe
+from fastsam.curvature.frozen import Frozen
+from fastsam.descent import fused_rule
+from fastsam.flat import FlatSpace
+from fastsam.optimizer import SharpnessAware
+
+#: The remedy for a graph that no longer fits.
+AGAIN = "call fastsam.graphs.capture again"
+
+
+class Addresses:
+    """Where everything lies that a captured step reads and its owner might move."""
+
+    def __init__(self, optimizer: SharpnessAware, model: nn.Module | None) -> None:
+        self._optimizer, self._model = optimizer, model
+        self._params = optimizer._every_parameter()
+        self._pointers = list(map(Tensor.data_ptr, self._params))
+        self._groups = self._group_structure()
+        self._training = None if model is None else model.training
+        self._tensors = [
+            (kind, name, tensor, tensor.data_ptr())
+            for module in ([] if model is None else model.modules())
+            for kind in (module._parameters, module._buffers)
+            for name, tensor in kind.items()
+            if tensor is not None
+        ]
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` if anything is elsewhere than when the step was captured."""
+        if self._group_structure() != self._groups:
+            raise RuntimeError(f"the optimizer's groups have other parameters than when the step was captured: {AGAIN}")
+        pointers = list(map(Tensor.data_ptr, self._params))
+        if pointers != self._pointers:
+            moved = next(p for p, a, b in zip(self._params, pointers, self._pointers, strict=True) if a != b)
+            raise RuntimeError(f"{describe(moved)} has moved since the step was captured: {AGAIN}")
+        for kind, name, tensor, pointer in self._tensors:
+            if kind.get(name) is not tensor or tensor.data_ptr() != pointer:
+                raise RuntimeError(
+                    f"the model's {name!r} of shape {tuple(tensor.shape)} was replaced or moved since the step was "
+                    f"captured: {AGAIN}; a layer that replaces a buffer in each pass has to update it in place"
+                )
+        if self._model is not None and self._model.training != self._training:
+            was, now = ("training" if flag else "eval" for flag in (self._training, self._model.training))
+            raise RuntimeError(f"the step was captured with the model in {was} mode, and it is in {now} mode now")
+
+    def _group_structure(self) -> list:
+        return [(bool(g["perturb"]), *map(id, g["params"])) for g in self._optimizer.param_groups]
+
+
+class Unchanged:
+    """``with Unchanged(optimizer, model) as unchanged: ...``: steps that were never taken.
+
+    On exit weights, state, buffers of modules that ran, random generators and gradients are what they were on entry.
+    """
+
+    def __init__(self, optimizer: SharpnessAware, model: nn.Module | None) -> None:
+        self._optimizer = optimizer
+        self._params = optimizer._every_parameter()
+        self._frozen = Frozen(self._params, model)
+
+    @torch.no_grad()
+    def __enter__(self) -> Unchanged:
+        optimizer = self._optimizer
+        self._frozen.__enter__()
+        self._frozen.watch()
+        self._weights = [p.detach().clone() for p in self._params]
+        self._state = {
+            p: {name: (value, value.clone() if isinstance(value, Tensor) else None) for name, value in entry.items()}
+            for p, entry in optimizer.state.items()
+        }
+        self._groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._sums = optimizer._sums
+        return self
+
+    def all_modules_seen(self) -> None:
+        self._frozen.unwatch()
+
+    @torch.no_grad()
+    def __exit__(self, *exception) -> None:
+        optimizer = self._optimizer
+        self._frozen.__exit__(*exception)
+        for p, weight in zip(self._params, self._weights, strict=True):
+            p.copy_(weight)
+        for p in list(optimizer.state):
+            entry = optimizer.state[p]
+            entry.clear()
+            if p not in self._state:
+                del optimizer.state[p]
+            for name, (value, kept) in self._state.get(p, {}).items():
+                entry[name] = value if kept is None else value.copy_(kept)
+        for group, values in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update(values)
+        optimizer._sums = self._sums
+        optimizer._spaces._entries = None  # look every entry up again
+
+
+class Gpu:
+    """What capturing needs of torch: a stream of its own, graphs in one pool of memory, random numbers."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            found = "" if torch.cuda.is_available() else ", and torch finds none"
+            raise RuntimeError(
+                f"fastsam.graphs.capture needs parameters on a GPU{found}; these are on {device}: move the model there "
+                "before the optimizer is built, or call optimizer.step(closure)"
+            )
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._generator = torch.cuda.default_generators[device.index]
+        self._second = torch.Generator(device)  # where the second pass draws what the first one drew
+
+    @contextlib.contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Runs the block on the stream that captures: what it compiles and allocates is there then."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Captures ``step``, without running it; what repeats it on the current stream."""
+        graph = torch.cuda.CUDAGraph()
+        # Threads that load data may go on meanwhile.
+        with torch.cuda.device(self._device):
+            graph.register_generator_state(self._second)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                step()
+        return graph.replay
+
+    @contextlib.contextmanager
+    def masks_again(self) -> Iterator[None]:
+        """Within a capture: draws the random numbers that :meth:`align_masks` provides for."""
+        first = self._generator.graphsafe_get_state()
+        self._generator.graphsafe_set_state(self._second)
+        try:
+            yield
+        finally:
+            self._generator.graphsafe_set_state(first)
+
+    def align_masks(self) -> None:
+        """Before a replay: the second pass starts from where the first one does."""
+        self._second.set_state(self._generator.get_state())
+
+
+# ---- what cannot be captured ------------------------------------------------------------------------------------
+
+
+def check_optimizer(optimizer) -> torch.device:
+    """The one device of its parameters."""
+    if not isinstance(optimizer, SharpnessAware):
+        raise TypeError(f"optimizer={type(optimizer).__name__} must be one of fastsam's")
+    if optimizer._perturbed or optimizer._accumulated is not None:
+        raise RuntimeError("capture() within a step: call second_step(), descend() or restore() first")
+    devices = sorted({str(p.device) for p in optimizer._every_parameter()})
+    if len(devices) > 1:
+        raise RuntimeError(f"a step on {' and '.join(devices)} cannot be one CUDA graph: call optimizer.step(closure)")
+    device = optimizer._every_parameter()[0].device
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError("a step on several processes cannot be captured yet: call optimizer.step(closure)")
+    if torch.is_autocast_enabled(device.type):
+        raise RuntimeError(
+            "capture() within autocast, whose casts of the weights would be kept: use autocast in the closure"
+        )
+    if fused_rule(optimizer.base_optimizer) is None:
+        raise RuntimeError(
+            f"{type(optimizer.base_optimizer).__name__} runs its own step() as it is set up, and waits for the device: "
+            "a captured step needs torch.optim.SGD, Adam or AdamW without amsgrad, differentiable or hooks"
+        )
+    return device
+
+
+def check_tensors(batch, device: torch.device) -> None:
+    for i, tensor in enumerate(batch):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"example {i} of the batch is a {type(tensor).__name__}: give tensors")
+        if tensor.device != device:
+            raise ValueError(
+                f"example {i} of the batch is on {tensor.device}, the parameters on {device}: move it there"
+            )
+
+
+def check_spaces(spaces: list[FlatSpace]) -> None:
+    for space in spaces:
+        if space.kernels.DECIDES_ON_HOST:
+            name = space.kernels.__name__.rsplit(".", 1)[-1]
+            raise RuntimeError(
+                f"backend {name!r} waits for the device within a step, which a CUDA graph cannot: take 'cuda' or "
+                "'triton' (fastsam.backends() says why one is not available)"
+            )
+
+
+def cannot_capture(error: Exception) -> RuntimeError:
+    """The error that broke a capture; CUDA's own, when the capture then ends, says nothing of why."""
+    cause = error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    return RuntimeError(
+        f"the step cannot be captured into a CUDA graph: {type(cause).__name__}: {cause}. Nothing in the closure may "
+        "wait for the GPU (.item(), print of a tensor, a branch on a value), copy from the CPU or change its shapes"
+    )
