@@ -14,6 +14,7 @@ runs under ``no_sync``, and 24 bytes agree on whether the step counts.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -254,13 +255,15 @@ class Ranks:
     def _exchange(self, error: Exception) -> None:
         with contextlib.suppress(Exception):  # the store may be gone with the process that kept it
             store = dist.distributed_c10d._get_default_store()
+            # torchrun's processes may share the store with those before a restart.
+            place = f"fastsam/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             told = []
             for rank in range(dist.get_world_size()):
-                key = f"fastsam/failure/{rank}"
+                key = f"{place}/{rank}"
                 if rank != _rank() and store.check([key]):
                     told.append(f"rank {rank} failed before: {store.get(key).decode()}")
             if not told:  # the first to fail is the cause, the others are its victims
-                store.set(f"fastsam/failure/{_rank()}", f"{type(error).__name__}: {error}"[:1000])
+                store.set(f"{place}/{_rank()}", f"{type(error).__name__}: {error}"[:1000])
             elif hasattr(error, "add_note"):
                 error.add_note("\n".join(told))
 

@@ -19,14 +19,17 @@ step, and cannot unscale two gradients: both are refused.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from fastsam.integrations.micro_batches import MicroBatches
+from fastsam.integrations.micro_batches import MicroBatches, show_models
 from fastsam.optimizer import SharpnessAware
 
 
@@ -37,7 +40,8 @@ class SAMOptimizer(AcceleratedOptimizer):
         optimizer: the fastsam optimizer, afterwards ``.optimizer``.
         accelerator: whose gradient scaler and gradient accumulation are followed.
         model: if given, the second pass leaves its buffers alone and draws the same dropout masks, or fresh ones
-            without ``shared_masks``.
+            without ``shared_masks``. On several processes give what ``accelerator.prepare(model)`` returned: the
+            second pass then is reduced once for all its micro-batches, and ``m_sharpness=True`` is possible.
         options: of every step, such as ``max_norm``: those of ``second_step``.
 
     Raises ``TypeError`` for an optimizer that is not fastsam's.
@@ -56,7 +60,9 @@ class SAMOptimizer(AcceleratedOptimizer):
         if not isinstance(optimizer, SharpnessAware):
             raise TypeError(f"SAMOptimizer needs an optimizer of fastsam, not {type(optimizer).__name__}")
         super().__init__(optimizer, device_placement=accelerator.device_placement, scaler=accelerator.scaler)
-        self.micro_batches = MicroBatches(model, shared_masks)
+        self.accelerator = accelerator
+        self.model = model
+        self.micro_batches = MicroBatches(model, shared_masks, self._unreduced, optimizer._ranks.m_sharpness)
         self.options = options
         self._evaluating = False
 
@@ -69,6 +75,9 @@ class SAMOptimizer(AcceleratedOptimizer):
         accumulate, as it would find another batch in its variables when evaluated again, ``RuntimeError`` for
         gradients from elsewhere, and what the optimizer's own ``finish`` raises.
         """
+        if self.gradient_state.sync_gradients:
+            remedy = "model = accelerator.prepare(model), then SAMOptimizer(optimizer, accelerator, model)"
+            show_models(self.optimizer._ranks, [] if self.model is None else [self.model], remedy)
         loss = None if closure is None else self._first(closure, batch)
         if not self.gradient_state.sync_gradients:
             return loss
@@ -87,6 +96,11 @@ class SAMOptimizer(AcceleratedOptimizer):
         super().zero_grad(set_to_none)
         if self.gradient_state.sync_gradients:
             self.micro_batches.forget()
+
+    def _unreduced(self):
+        """The context in which gradients stay on their process, if the prepared model is known."""
+        prepared = isinstance(self.model, (nn.parallel.DistributedDataParallel, FSDPModule))
+        return self.accelerator.no_sync(self.model) if prepared else contextlib.nullcontext()
 
     def _first(self, closure: Callable, batch: tuple):
         if not self.gradient_state.sync_gradients and not batch and not isinstance(closure, functools.partial):

@@ -9,7 +9,8 @@ The module needs no change: ``configure_optimizers`` returns a fastsam optimizer
 - fp16 with Lightning's GradScaler (without it, refused);
 - clipping of the second gradient alone, which the update is made with (without it, of both);
 - the loss and what ``self.log`` records from the first pass (without it, from both);
-- BatchNorm statistics and dropout masks that are the same in both passes.
+- BatchNorm statistics and dropout masks that are the same in both passes;
+- on several processes ``m_sharpness=True`` (without it, refused).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import Precision
 
-from fastsam.integrations.micro_batches import MicroBatches
+from fastsam.integrations.micro_batches import MicroBatches, show_models
 from fastsam.optimizer import SharpnessAware
 
 
@@ -46,7 +47,11 @@ class SAMCallback(pl.Callback):
                 raise TypeError(f"SAMCallback needs an optimizer of fastsam, not {type(optimizer).__name__}")
         if trainer.strategy.handles_gradient_accumulation:
             raise ValueError(f"SAMCallback cannot run two passes under {type(trainer.strategy).__name__}")
-        self._batches = MicroBatches(module, self.shared_masks)
+        for optimizer in trainer.optimizers:
+            show_models(optimizer._ranks, [trainer.strategy.model], 'Trainer(strategy="ddp")')
+        m_sharpness = any(optimizer._ranks.m_sharpness for optimizer in trainer.optimizers)
+        unreduced = functools.partial(_unreduced, trainer.strategy)
+        self._batches = MicroBatches(module, self.shared_masks, unreduced, m_sharpness)
         self._closure = None
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         plugin = trainer.precision_plugin
@@ -96,6 +101,12 @@ class SAMCallback(pl.Callback):
     def _second(self, model):
         with _replaced(model, "log", lambda *args, **kwargs: None):
             return self._batches.second()
+
+
+def _unreduced(strategy: pl.strategies.Strategy) -> contextlib.AbstractContextManager:
+    """In which gradients stay on their process."""
+    alone = not isinstance(strategy, pl.strategies.ParallelStrategy)
+    return contextlib.nullcontext() if alone else strategy.block_backward_sync()
 
 
 @contextlib.contextmanager

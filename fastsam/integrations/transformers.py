@@ -11,7 +11,6 @@ Trainer's own; every micro-batch of a step is evaluated twice. The logged loss a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -45,15 +44,9 @@ class SAMTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self.optimizer.model = model  # as the Trainer prepared it
         step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
-        ends_step = self.accelerator.sync_gradients
-
-        def closure():
-            # In the first pass the Trainer itself has entered no_sync already, which does no harm.
-            with contextlib.nullcontext() if ends_step else self.accelerator.no_sync(model):
-                return step()
-
-        return self.optimizer.micro_batches.first(closure)
+        return self.optimizer.micro_batches.first(step)
 
     def train(self, *args, **kwargs):
         if isinstance(self.optimizer, SAMOptimizer):

@@ -1,7 +1,8 @@
-"""Two ranks of a training, of which the second is lost between the passes of a step."""
+"""Two ranks of a training, of which the second stops between the passes of a step and lives on."""
 
 import datetime
 import os
+import signal
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,8 @@ from rank_training import spread
 TIMEOUT = datetime.timedelta(seconds=5)
 
 
-def train(rank, how, sent, address, connection):
-    """Rank 1 sends itself the signal ``sent`` in its fourth backward pass; rank 0 tells what became of it."""
+def train(rank, how, address, connection):
+    """Rank 1 is stopped (SIGSTOP) before its fourth backward pass; rank 0 tells what became of it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=TIMEOUT)
     training = spread(how)
@@ -22,7 +23,7 @@ def train(rank, how, sent, address, connection):
     def closure():
         passes.append(None)
         if rank == 1 and len(passes) == 4:
-            os.kill(os.getpid(), sent)
+            os.kill(os.getpid(), signal.SIGSTOP)
         return training.closure()
 
     optimizer.step(closure, model=training.model)

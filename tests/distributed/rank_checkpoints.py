@@ -149,3 +149,11 @@ def average_where_one_rank_has_none():
 def refused(kind):
     training = spread("FSDP2" if kind == "sharded" else "DDP")
     RankMomentum(training.optimizer("SAM" if kind == "without m" else "F-SAM", "SGD"))
+
+
+def step_counts(steps):
+    """AdamW's count of each parameter, and whether this rank has elements of it."""
+    training = spread("FSDP2")
+    optimizer = training.optimizer("SAM", "AdamW")
+    training.run(optimizer, steps)
+    return [(float(optimizer.state[p]["step"]), p.to_local().numel()) for p in training.model.parameters()]

@@ -41,6 +41,12 @@ def test_a_checkpoint_from_before_the_first_estimate_of_the_eigenvector_loads(ra
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
 
 
+def test_a_rank_without_elements_counts_the_steps_that_it_may_save(ranks):
+    counts = [pair for found in ranks(4, cases.step_counts, BEFORE) for pair in found]
+    assert 0 in [elements for _, elements in counts]
+    assert {count for count, _ in counts} == {BEFORE}
+
+
 def test_state_that_was_only_looked_at_is_no_state(ranks):
     for weights in ranks(2, cases.look_and_train, "FSDP2", AFTER):
         expected = trajectory("one", "F-SAM", "AdamW", AFTER)[0]

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import lost_rank
 import pytest
+import torch.distributed as dist
 from rank_pool import _free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
+pytestmark = pytest.mark.skipif(
+    not (hasattr(signal, "SIGSTOP") and dist.is_available() and dist.is_gloo_available()),
+    reason="needs torch.distributed's gloo, and a system with SIGSTOP",
+)
+# Else a restarted process may find its peers' former addresses in the store (pytorch/pytorch#135712).
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 STEPS, SAVE_EVERY, KILLED_IN = 8, 3, 5
 
 
@@ -28,10 +34,10 @@ def example():
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
              *wrapper, "examples/distributed_vit.py", *arguments.split()],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **ENVIRONMENT},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=200,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()], run.stderr
@@ -50,11 +56,10 @@ def test_a_killed_rank_has_the_run_go_on_from_its_checkpoint_with_the_losses_of_
     assert [entry["loss"] for entry in killed] == [losses[step] for step in steps]
 
 
-@pytest.mark.parametrize(("how", "sent", "words"), [("DDP", "SIGSTOP", "xx"), ("FSDP2", "SIGKILL", "xx")])
-def test_a_rank_that_is_killed_or_stands_still_is_an_error_on_the_other_within_the_timeout(how, sent, words):
+def test_a_rank_that_stands_still_is_an_error_on_the_other_within_the_timeout():
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    arguments = (how, getattr(signal, sent), f"tcp://127.0.0.1:{_free_port()}", theirs)
+    arguments = ("DDP", f"tcp://127.0.0.1:{_free_port()}", theirs)
     processes = [context.Process(target=lost_rank.train, args=(rank, *arguments)) for rank in (0, 1)]
     for process in processes:
         process.start()
@@ -66,4 +71,4 @@ def test_a_rank_that_is_killed_or_stands_still_is_an_error_on_the_other_within_t
             process.kill()
     assert passes == 4, "it was the second pass of the second step"
     assert restored
-    assert words in message
+    assert "Timed out waiting 5000ms" in message
