@@ -33,6 +33,18 @@ def cpu():
     return require_backend("cpu")
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """The pool of processes of tests/distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch was built without torch.distributed's gloo")
+    from rank_pool import RankPool
+
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small problems run fastest on one thread; a test that wants more says so."""

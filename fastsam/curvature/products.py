@@ -221,27 +221,24 @@ class Hessian:
         return loss
 
     def _exact_product(self, v) -> Tensor:
-        h = failure = None
+        if self._replicas is None:
+            return self._exact.product(v)
+        return self._mean_product(v, self._replicas.process_group)
+
+    def _mean_product(self, v, group) -> Tensor:
+        """Every replica of a DistributedDataParallel model forms the product of its own loss; then the mean."""
+        h = reason = None
         try:
-            with self._each_alone():
+            with self._replicas.no_sync():
                 h = self._exact.product(v)
         except NoSecondDerivative as error:
-            failure = error
-        if self._replicas is not None:  # one without a product (no memory, say) is one too few for the mean
-            failures = torch.tensor([float(failure is not None)], device=self._vectors.device)
-            torch.distributed.all_reduce(failures, group=self._replicas.process_group)
-            if failures.item() and failure is None:
-                failure = NoSecondDerivative("another process found none")
-        if failure is not None:
-            raise failure
-        if self._replicas is not None:
-            torch.distributed.all_reduce(h, group=self._replicas.process_group)
-            h /= torch.distributed.get_world_size(self._replicas.process_group)
-        return h
-
-    def _each_alone(self) -> contextlib.AbstractContextManager:
-        """Every replica of a DistributedDataParallel model forms exact products of its own loss, then the mean."""
-        return contextlib.nullcontext() if self._replicas is None else self._replicas.no_sync()
+            reason = str(error)
+        failures = torch.tensor([float(reason is not None)], device=self._vectors.device)
+        torch.distributed.all_reduce(failures, group=group)
+        if failures.item():  # one without a product (no memory, say) is one too few for the mean
+            raise NoSecondDerivative(reason or "another process found none")
+        torch.distributed.all_reduce(h, group=group)
+        return h.div_(torch.distributed.get_world_size(group))
 
     def _check_open(self) -> None:
         if not self._open:

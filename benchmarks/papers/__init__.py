@@ -1,0 +1,1 @@
+"""The tables of the F-SAM and Eigen-SAM papers, run again: ``python -m benchmarks.papers --list``."""
