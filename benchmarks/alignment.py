@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import machine
+from fastsam.bench.machine import machine
 from fastsam.curvature import CurvatureMonitor, draw_panels
 from fastsam.demo import data, settings
 from fastsam.demo.train import build_optimizer

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.machine import machine
 from fastsam import SAM, EigenSAM
+from fastsam.bench.machine import machine
 from fastsam.curvature import Hessian, hessian_vector_product, top_eigenpairs
 from fastsam.demo import data, settings
 

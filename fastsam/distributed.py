@@ -94,7 +94,7 @@ class Ranks:
     def __init__(self, process_group: dist.ProcessGroup | None = None, m_sharpness: bool = False) -> None:
         if process_group is not None or m_sharpness:
             name = "m_sharpness=True" if process_group is None else "process_group"
-            if not (dist.is_available() and dist.is_initialized()):
+            if not _initialised():
                 raise RuntimeError(
                     f"{name} needs torch.distributed: call torch.distributed.init_process_group() first, "
                     "or start the script with torchrun"
@@ -248,7 +248,7 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if processes() > 1:
                 self._exchange(error)
             raise
 
@@ -258,7 +258,7 @@ class Ranks:
             # torchrun's processes may share the store with those before a restart.
             place = f"fastsam/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
             told = []
-            for rank in range(dist.get_world_size()):
+            for rank in range(processes()):
                 key = f"{place}/{rank}"
                 if rank != _rank() and store.check([key]):
                     told.append(f"rank {rank} failed before: {store.get(key).decode()}")
@@ -268,13 +268,17 @@ class Ranks:
                 error.add_note("\n".join(told))
 
 
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _initialised() else 0
 
 
 def processes() -> int:
     """How many there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _initialised() else 1
 
 
 def _members(group) -> list[int]:
@@ -283,6 +287,8 @@ def _members(group) -> list[int]:
 
 def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """The DistributedDataParallel that wraps a model, or a part of it."""
+    if not _initialised():  # it cannot be there, and a step should not walk all the modules to see that
+        return None
     return next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
 
 

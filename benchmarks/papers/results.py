@@ -9,8 +9,8 @@ import shutil
 import statistics
 from pathlib import Path
 
-from benchmarks.machine import machine
 from benchmarks.papers.tables import Row, Table
+from fastsam.bench.machine import machine
 from fastsam.training.run import write_json
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.machine import machine
 from benchmarks.papers import jobs, tables
 from benchmarks.papers.methods import METHODS
 from benchmarks.papers.results import ROOT
+from fastsam.bench.machine import machine
 from fastsam.training.run import write_json
 
 DRAWS, VALIDATION = 8, 250

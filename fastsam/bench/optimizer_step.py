@@ -20,7 +20,6 @@ import functools
 import gc
 import itertools
 import math
-import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +38,6 @@ SMALL_SET = 1_000_000  # smaller sets stay in the caches: no share of the bandwi
 CHECKED_SET = 100_000_000  # larger sets have not the memory for a comparison
 STEPS_A_ROUND_WHEN_SMALL = 10
 BANDWIDTH_SAMPLES = 3
-LEAST_ROUNDS = 3  # these are taken even when the time is over
 TIME_OVER = "the time was over"
 HOST_TENSORS, HOST_ROUNDS = parameter_set("vit-b16").tensors, 30
 # Arrays as large as the weights: weights, gradients, backup; the state; and what an implementation allocates besides.
@@ -88,7 +86,7 @@ class Cell:
     ) -> dict[str, Any]:
         """``repeats`` rounds over all implementations; the cell of the result.
 
-        As many implementations as fit in memory take turns. Past the deadline ``LEAST_ROUNDS`` are enough.
+        As many implementations as fit in memory take turns. Past the deadline ``clock.LEAST_ROUNDS`` are enough.
         """
         deadline = deadline or Deadline(math.inf)
         groups = self._groups()
@@ -178,21 +176,15 @@ class Cell:
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
         timers = {name: self._timer(runner) for name, runner in runners.items()}
         many = self.shapes.parameters < SMALL_SET and not self.queued
-        order, shuffle = list(runners), random.Random(0).shuffle
-        gc.collect()
-        gc.disable()
-        try:
-            for number in range(repeats):
-                shuffle(order)
-                for name in order:
-                    times[name] += [timers[name]() for _ in range(STEPS_A_ROUND_WHEN_SMALL if many else 1)]
-                if self.bandwidth is not None and number in sampling_rounds:
-                    self.bandwidth.sample()
-                done(number + 1)
-                if deadline.left < 0 and number + 1 >= LEAST_ROUNDS:
-                    break
-        finally:
-            gc.enable()
+
+        def take_turns(number: int, order: list[str]) -> None:
+            for name in order:
+                times[name] += [timers[name]() for _ in range(STEPS_A_ROUND_WHEN_SMALL if many else 1)]
+            if self.bandwidth is not None and number in sampling_rounds:
+                self.bandwidth.sample()
+            done(number + 1)
+
+        clock.in_rounds(runners, repeats, deadline, take_turns)
         return times
 
     def _timer(self, runner: rivals.Runner) -> Callable[[], tuple[float, float]]:

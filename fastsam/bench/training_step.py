@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import random
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from fastsam.bench import clock, rivals
 from fastsam.bench.clock import Deadline, OutOfMemory
 from fastsam.bench.compiled import CompileLimit, compile_limit
 from fastsam.bench.networks import Network
-from fastsam.bench.optimizer_step import LEAST_ROUNDS, TIME_OVER
+from fastsam.bench.optimizer_step import TIME_OVER
 from fastsam.bench.settings import BASES, Precision
 
 PLAIN = "plain"
@@ -69,7 +68,7 @@ class TrainingCell:
         show: Callable[[str, float], None] = lambda what, done: None,
         deadline: Deadline | None = None,
     ) -> list[dict[str, Any]]:
-        """A row of the result for each variant, after ``repeats`` rounds or, past the deadline, ``LEAST_ROUNDS``."""
+        """A row of the result for each variant, after ``repeats`` rounds; ``clock.LEAST_ROUNDS`` past the deadline."""
         deadline = deadline or Deadline(math.inf)
         groups = self._groups()
         times: dict[str, list[float]] = {}
@@ -151,19 +150,13 @@ class TrainingCell:
     ) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {name: [] for name in steps}
         lengths = {name: self._queue_length(step) for name, step in steps.items()}
-        order, shuffle = list(steps), random.Random(0).shuffle
-        gc.collect()
-        gc.disable()
-        try:
-            for number in range(repeats):
-                shuffle(order)
-                for name in order:
-                    times[name].append(self._seconds(steps[name], lengths[name]))
-                done(number + 1)
-                if deadline.left < 0 and number + 1 >= LEAST_ROUNDS:
-                    break
-        finally:
-            gc.enable()
+
+        def take_turns(number: int, order: list[str]) -> None:
+            for name in order:
+                times[name].append(self._seconds(steps[name], lengths[name]))
+            done(number + 1)
+
+        clock.in_rounds(steps, repeats, deadline, take_turns)
         return times
 
     def _queue_length(self, step: Step) -> int:

@@ -168,13 +168,13 @@ class EigenSAM(SharpnessAware):
         ``backward()`` on: exact ones from a single evaluation, finite differences from two for each product (see
         :class:`Estimate`). An estimate that meets a NaN or an infinity is a warning, and the vector stays.
         """
-        if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
+        if self._is_to_refresh(closure) and not self._has_gradients():
             self._refresh(estimate_closure or closure, options)
         return super().step(closure, **options)
 
     def finish(self, closure, estimate_closure: Callable | None = None, **options):
         """:meth:`SAM.finish`, which first refreshes the eigenvector when that is due, as :meth:`step` does."""
-        if closure is not None and not self._perturbed and self.eigenvector_due():
+        if self._is_to_refresh(closure):
             self._refresh(estimate_closure or closure, options)
         return super().finish(closure, **options)
 
@@ -183,7 +183,7 @@ class EigenSAM(SharpnessAware):
 
         That is before the first micro-batch of a step, from its closure.
         """
-        if closure is not None and not self._perturbed and self.eigenvector_due() and not self._has_gradients():
+        if self._is_to_refresh(closure) and not self._has_gradients():
             self._refresh(estimate_closure or closure, options)
         return super().accumulate(closure, **options)
 
@@ -202,6 +202,10 @@ class EigenSAM(SharpnessAware):
             raise RuntimeError("update_eigenvector() between first_step() and second_step(): call it before the step")
         eval_mode = self.estimate.eval_mode
         self._estimate(self._hessian(loss_fn, model, model is not None if eval_mode is None else eval_mode))
+
+    def _is_to_refresh(self, closure) -> bool:
+        """Whether an estimate is due; not where the step is about to be refused."""
+        return closure is not None and not self._perturbed and self.eigenvector_due()
 
     def _refresh(self, closure, options: dict) -> None:
         scaler, model = options.get("grad_scaler"), options.get("model")
