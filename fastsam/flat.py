@@ -71,6 +71,7 @@ class FlatSpace:
             _check_dense(p)
         self.weights = [p.data_ptr() for p in self.params]
         self.layouts = [_layout(p) for p in self.params]
+        self.sizes = [p.numel() for p in self.params]
         self.joined = _joined(self.params)
         self.offsets, self.numel = _offsets(self.params, self.joined)
         self.gradients: list[Tensor | None] = [None] * len(self.params)

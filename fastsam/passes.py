@@ -92,6 +92,7 @@ class Passes(torch.optim.Optimizer):
             rule = fused_rule(self.base_optimizer)
             if rule is None:
                 committed = self._restore_then_base_step(options)
+                self._spaces.find_states(self.state)  # of which that may have added some
             else:
                 committed = not self._spaces.decide_on_host or self._finite()
                 for space in self._spaces:
@@ -99,7 +100,6 @@ class Passes(torch.optim.Optimizer):
             if grad_scaler is not None:
                 record_step(grad_scaler, self, self.found_inf)
             if self.uses_ema and committed:
-                self._spaces.find_states(self.state)  # the base optimizer's own step may have added some
                 self._keep_averages(accumulated)
             self._perturbed = False
             self._accumulated = None

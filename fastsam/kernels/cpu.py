@@ -176,8 +176,7 @@ class _Table:
     """The compiled table, and which of the space's lists it was last given: the same list is not sent twice."""
 
     def __init__(self, space: FlatSpace) -> None:
-        sizes = [p.numel() for p in space.params]
-        self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, sizes, space.groups, space.joined)
+        self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, space.sizes, space.groups, space.joined)
         self._weights = self._gradients = self._dtypes = None
 
     def refresh(self, space: FlatSpace, flags: list[int], merge: bool):

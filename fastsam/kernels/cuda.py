@@ -66,7 +66,7 @@ def _where(space: FlatSpace, layout: device.Layout) -> tuple:
         len(layout.rows),
         layout.programs,
         device.DTYPES[space.dtype],
-        any(t != space.dtype for t in space.gradient_dtypes),
+        set(space.gradient_dtypes) != {space.dtype},
         where.index or 0,
         torch.cuda.current_stream(where).cuda_stream if where.type == "cuda" else None,
     )

@@ -9,6 +9,7 @@ allocated or uploaded once addresses and hyper-parameters have settled.
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class DeviceTable:
         self.chunk_size = chunk_size(space.numel)
         self.counter = torch.zeros(1, dtype=torch.int32, device=self.device)
         #: Room for three float64 sums of every program. Rows that are merged have no more chunks than single ones.
-        self.most_programs = sum(-(-p.numel() // self.chunk_size) for p in space.params)
+        self.most_programs = sum(-(-size // self.chunk_size) for size in space.sizes)
         self.partials = torch.empty(3 * self.most_programs, dtype=torch.float64, device=self.device)
         #: While a CUDA graph is captured: where new tables go. See :class:`Recording`.
         self.recording: Recording | None = None
@@ -91,12 +92,11 @@ class DeviceTable:
         addresses = space.gradient_addresses if gradients else [0] * len(space.params)
         if gradients and not merged:  # a parameter without elements has no address, but its steps are counted
             addresses = [a or int(g is not None) for a, g in zip(addresses, space.gradients, strict=True)]
-        key = (merged, *space.weights, *addresses, *space.gradient_dtypes, *space.climbed)
+        key = (merged, *map(tuple, (space.weights, addresses, space.gradient_dtypes, space.climbed)))
         found = self._layouts.get(key)
         if found is None:
             rows = build_rows(space, addresses, merged)
-            table = torch.tensor(rows, dtype=torch.int64).view(-1, len(ROW))
-            found = Layout(self._table(table), self._chunks_of(rows))
+            found = Layout(self._table(rows), self._chunks_of(rows))
             self._layouts[key] = found
             if len(self._layouts) > _KEPT_LAYOUTS:
                 self._layouts.popitem(last=False)
@@ -150,7 +150,7 @@ class DeviceTable:
             flat.fill_(value)
         else:
             for i in missing:
-                flat[space.offsets[i] : space.offsets[i] + space.params[i].numel()].fill_(value)
+                flat[space.offsets[i] : space.offsets[i] + space.sizes[i]].fill_(value)
         blank.update(missing)
 
     def written(self, flat: Tensor, which: Sequence[bool]) -> None:
@@ -175,8 +175,8 @@ class DeviceTable:
         self._layouts.clear()
         self._chunks.clear()
 
-    def _chunks_of(self, rows: list[tuple[int, ...]]) -> Tensor:
-        sizes = tuple(row[ROW.index("size")] for row in rows)
+    def _chunks_of(self, rows: Tensor) -> Tensor:
+        sizes = tuple(rows[:, ROW.index("size")].tolist())
         if sizes not in self._chunks:
             if len(self._chunks) >= _KEPT_LAYOUTS:
                 self._chunks.clear()
@@ -242,33 +242,40 @@ def chunk_size(numel: int) -> int:
     return size
 
 
-def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> list[tuple[int, ...]]:
-    """The rows, as tuples of :data:`ROW`: parameters with a gradient or a backup, adjacent ones in one row."""
-    rows: list[list[int]] = []
-    previous = -2
-    item = space.dtype.itemsize
-    item_sizes = {code: dtype.itemsize for dtype, code in DTYPES.items()}
-    for i, p in enumerate(space.params):
-        size = p.numel()
-        if not (addresses[i] or (size and space.climbed[i])) or (merged and not size):
-            continue
-        row = [
-            space.weights[i], addresses[i], space.offsets[i], size,
-            space.groups[i], i, int(space.climbed[i]), DTYPES[space.gradient_dtypes[i]],
-        ]  # fmt: skip
-        if merged and previous == i - 1 and space.joined[i] and _extends(rows[-1], row, item, item_sizes):
-            rows[-1][3] += size
-        else:
-            rows.append(row)
-        previous = i
-    return [tuple(row) for row in rows]
+def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> Tensor:
+    """The rows, int64 [rows, 8] with the columns of :data:`ROW`: parameters with a gradient or a backup.
+
+    ``merged`` makes one row of adjacent ones and leaves out those without elements.
+    """
+    n = len(space.params)
+    kinds = [DTYPES[t] for t in space.gradient_dtypes]
+    columns = (space.weights, addresses, space.offsets, space.sizes, space.groups, range(n), space.climbed, kinds)
+    entries = array("q", bytes(8 * len(ROW) * n))  # to torch.tensor, numbers come one by one, at four times the price
+    for i, column in enumerate(columns):
+        entries[i :: len(ROW)] = array("q", column)
+    rows = torch.frombuffer(entries, dtype=torch.int64).view(n, len(ROW))
+    if not (all(addresses) and all(space.sizes)):
+        _, gradient, _, size, _, _, climbed, _ = rows.unbind(1)
+        rows = rows[(size > 0) & (gradient + climbed > 0) if merged else (gradient > 0) | (size * climbed > 0)]
+    return _merged(rows, space) if merged and any(space.joined) and len(rows) else rows
 
 
-def _extends(a: list[int], b: list[int], item: int, item_sizes: dict[int, int]) -> bool:
-    weight, gradient, offset, size, group, _, climbed, kind = a
-    adjoin = b[1] == gradient + size * item_sizes[kind] if gradient and b[1] else not gradient and not b[1]
-    same = b[4] == group and b[6] == climbed and b[7] == kind
-    return adjoin and same and b[0] == weight + size * item and b[2] == offset + size
+def _merged(rows: Tensor, space: FlatSpace) -> Tensor:
+    """Rows that continue the one before them, in memory and in all else, become part of it."""
+    weight, gradient, offset, size, group, param, climbed, kind = rows.unbind(1)
+    gradient_bytes = size * torch.tensor([t.itemsize for t in DTYPES])[kind]
+
+    def grows(column: Tensor, by) -> Tensor:
+        return column[1:] == (column + by)[:-1]
+
+    continues = grows(param, 1) & torch.tensor(space.joined)[param[1:]]
+    continues &= grows(weight, size * space.dtype.itemsize) & grows(offset, size)
+    continues &= grows(gradient, gradient_bytes * (gradient > 0))
+    continues &= grows(group, 0) & grows(climbed, 0) & grows(kind, 0)
+    first = torch.cat([torch.tensor([True]), ~continues])
+    result = rows[first]
+    result[:, ROW.index("size")] = torch.zeros(len(result), dtype=torch.int64).index_add_(0, first.cumsum(0) - 1, size)
+    return result
 
 
 def build_chunks(sizes: Sequence[int], chunk: int) -> Tensor:
@@ -293,4 +300,4 @@ def on_device(x) -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
