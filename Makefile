@@ -27,7 +27,7 @@ demo: $(VENV)/.with-demo
 test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.optimizer_step $(ARGS)

@@ -1,10 +1,12 @@
 // The arithmetic of one element, shared by every compiled kernel.
 //
 // T is whatever the kernel computes in: float, double, or a SIMD vector of either. S is the matching
-// scalar. Each function has a twin of the same name in fastsam/kernels/torch.py, which is the specification.
+// scalar. The specification is fastsam/kernels/torch.py.
 // Multiplications and additions are written out and compiled without contraction into fused
 // multiply-adds, so every instruction set gives the same bits.
 #pragma once
+
+#include <cmath>
 
 #if defined(__CUDACC__)
 #define FASTSAM_INLINE __host__ __device__ __forceinline__
@@ -67,6 +69,23 @@ struct Adam {
   S sqrt_correction2;  // sqrt(1 - beta2^t)
   bool maximize;
 };
+
+// What Adam's elements of one group and step count t share; the powers are beta1^t and beta2^t.
+template <class S, class Group>
+FASTSAM_INLINE Adam<S> adam_constants(const Group& h, double beta1_power, double beta2_power) {
+  const bool decoupled = h.decoupled_weight_decay != 0;
+  Adam<S> rule;
+  rule.one_minus_beta1 = S(1 - h.beta1);
+  rule.beta2 = S(h.beta2);
+  rule.one_minus_beta2 = S(1 - h.beta2);
+  rule.eps = S(h.eps);
+  rule.decay_factor = S(decoupled ? 1 - h.lr * h.weight_decay : 1);
+  rule.weight_decay = S(decoupled ? 0 : h.weight_decay);
+  rule.step_size = S(h.lr / (1 - beta1_power));
+  rule.sqrt_correction2 = S(sqrt(1 - beta2_power));
+  rule.maximize = h.maximize != 0;
+  return rule;
+}
 
 // torch.optim.Adam and AdamW for one element; both moments are updated in place.
 template <class T, class S, class Sqrt>

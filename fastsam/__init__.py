@@ -1,6 +1,6 @@
 """fastsam: sharpness-aware optimizers (SAM, ASAM, F-SAM, Eigen-SAM) on fused kernels."""
 
-from fastsam.flat import flatten_parameters
+from fastsam.flatten import flatten_parameters
 from fastsam.kernels import backends
 from fastsam.methods.eigen import EigenSAM
 from fastsam.methods.friendly import FriendlySAM

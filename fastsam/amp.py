@@ -56,7 +56,9 @@ def forget_pass(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Opti
 
 def refuse_unscaled(scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer) -> None:
     """Raises ``RuntimeError`` if ``unscale_`` was called where scaled gradients are still to be added up."""
-    if scaler is not None and scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+    if scaler is None or not scaler.is_enabled():
+        return
+    if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
         raise RuntimeError(
             "grad_scaler.unscale_() before or inside accumulate(closure): scaled and unscaled gradients would be "
             "added; call it once, before descend()"

@@ -106,20 +106,31 @@ def in_this_layout(state_dict: dict, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def checked(state_dict: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """``state_dict`` itself; raises ``ValueError`` if its state is another method's or has other shapes."""
+    """``state_dict`` itself; raises ``ValueError`` if its state is another optimizer's or has other shapes."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if len(saved) != len(params):
         return state_dict  # torch says so itself
     own = {"momentum": optimizer.uses_ema, "eigenvector": optimizer.uses_eigenvector}
     shaped = {name for name, used in own.items() if used}
-    if fused_rule(optimizer.base_optimizer) is not None:
+    rule = fused_rule(optimizer.base_optimizer)
+    if rule is not None:
         shaped |= {"momentum_buffer", "exp_avg", "exp_avg_sq"}
         for name, used in own.items():
             if not used and any(name in state_dict["state"].get(i, ()) for i in saved):
                 raise ValueError(
                     f"the checkpoint is another method's: its state has {name!r}, which {type(optimizer).__name__} "
                     "does not keep; build the optimizer that wrote it, or take that entry out of its state"
+                )
+        keeps = set(rule.state_names(optimizer.param_groups))
+        for i in saved:
+            found = state_dict["state"].get(i, {}).keys() - own.keys()
+            # SGD counts no steps; the others do, and keep all of theirs.
+            if found and (not keeps <= found if "step" in keeps else "step" in found):
+                raise ValueError(
+                    f"the checkpoint is another base optimizer's: its state has {', '.join(sorted(found))}, where "
+                    f"{type(optimizer.base_optimizer).__name__} keeps {', '.join(sorted(keeps)) or 'none'}; build the "
+                    "optimizer that wrote it"
                 )
     for i, p in zip(saved, params, strict=True):
         for name, value in state_dict["state"].get(i, {}).items():

@@ -21,9 +21,19 @@ def in_range(low: float, high: float, name: str, value) -> None:
         raise ValueError(f"{name}={value!r} must be in [{low}, {high})")
 
 
+def flag(name: str, value) -> None:
+    """Raises ``ValueError`` unless ``value`` is True or False, or 1 or 0."""
+    try:
+        known = value in (True, False)
+    except (RuntimeError, ValueError):  # tensors and arrays
+        known = False
+    if not known:
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def _number(name: str, value):
     try:
-        value < 0  # noqa: B015  (numbers and 0-dimensional tensors compare; strings and lists do not)
-    except (TypeError, RuntimeError):
+        bool(value < 0)  # numbers and 0-dimensional tensors compare; strings, lists and other tensors do not
+    except (TypeError, RuntimeError, ValueError):
         raise ValueError(f"{name}={value!r} must be a number") from None
     return value

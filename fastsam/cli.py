@@ -57,7 +57,7 @@ def demo(
 
     try:
         run(output=output, seeds=seeds, epochs=epochs, quick=quick)
-    except ImportError as error:  # names the packages to install
+    except (ImportError, OSError) as error:  # names the packages to install, or the file
         typer.echo(f"fastsam demo: {error}", err=True)
         raise typer.Exit(1) from None
 

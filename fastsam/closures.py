@@ -21,7 +21,7 @@ from torch.amp import GradScaler
 
 from fastsam.amp import refuse_unscaled
 from fastsam.distributed import local
-from fastsam.flat import clear_gradients, is_cleared
+from fastsam.flatten import clear_gradients, is_cleared
 from fastsam.interrupts import uninterrupted
 from fastsam.model_state import TwoPasses
 from fastsam.passes import Accumulated, Passes
@@ -171,7 +171,11 @@ class ClosureSteps(Passes):
                 f"the closure returned a tensor of shape {tuple(loss.shape)}: it must return the scalar loss"
             )
         if all(p.grad is None for p in self._every_parameter()):
-            raise RuntimeError("the closure left no gradients: it must call loss.backward() before it returns the loss")
+            raise RuntimeError(
+                "the closure left no gradients: it must call loss.backward() before it returns the loss; if it does, "
+                "the model has other parameters than those the optimizer was built with, as after "
+                "load_state_dict(assign=True): build the optimizer again"
+            )
         return loss
 
     def _every_parameter(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -125,19 +126,47 @@ class Gpu:
     def warming_up(self) -> Iterator[None]:
         """Runs the block on the stream that captures: what it compiles and allocates is there then."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # what puts everything back comes after what ran here
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    @contextlib.contextmanager
+    def waiting_refused(self) -> Iterator[None]:
+        """Has torch raise where the block waits for the GPU, which breaks a capture; before one that is no harm."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that this mode does not see everything
+            torch.cuda.set_sync_debug_mode("error")
+        try:
             yield
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Captures ``step``, without running it; what repeats it on the current stream."""
         graph = torch.cuda.CUDAGraph()
-        # Threads that load data may go on meanwhile.
-        with torch.cuda.device(self._device):
+        # torch.cuda.graph does not leave its stream if the capture breaks, hence one around it.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             graph.register_generator_state(self._second)
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                step()
+            try:
+                self._capture(graph, step, pool=self._pool)
+            except BaseException:
+                self._clear_up()
+                raise
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, step: Callable[[], None], **options) -> None:
+        # Threads that load data may go on meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local", **options):
+            step()
+
+    def _clear_up(self) -> None:
+        """After a capture that broke: torch's allocator and random numbers still wait for its end."""
+        with contextlib.suppress(AttributeError, RuntimeError):  # in later versions they do not
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device))
 
     @contextlib.contextmanager
     def masks_again(self) -> Iterator[None]:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from fastsam.closures import ClosureSteps
 from fastsam.descent import fused_rule
-from fastsam.flat import FlatSpace, is_cleared
+from fastsam.flat import FlatSpace
+from fastsam.flatten import is_cleared
 from fastsam.graph_capture import (
     AGAIN,
     Addresses,
@@ -135,8 +136,13 @@ class CapturedStep:
         """Captures the step as it is now, for F-SAM in both places of its averages; leaves no trace of it."""
         with Unchanged(self._optimizer, self._model) as unchanged:
             with self._gpu.warming_up():
-                for _ in range(_WARM_UP_STEPS):
+                for _ in range(_WARM_UP_STEPS - 1):
                     self._whole_step()
+                try:
+                    with self._gpu.waiting_refused():
+                        self._whole_step()
+                except RuntimeError as error:
+                    raise cannot_capture(error) from error
             unchanged.all_modules_seen()
             for _ in range(2 if self._optimizer.uses_ema else 1):
                 key = _key(self._plan())

@@ -14,9 +14,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsam.checks import describe
+from fastsam.distributed import local
 
 
 class TwoPasses:
@@ -50,11 +51,14 @@ class TwoPasses:
         numbers as one pass does.
         """
         kept = [
-            (module, name, buffer, buffer.clone())
+            (module, name, buffer)
             for module in self.model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        buffers = [local(buffer) for *_, buffer in kept if not is_expanded(buffer)]
+        values = [torch.empty_like(buffer) for buffer in buffers]
+        _copy(values, buffers)
         after_first = None
         if self._before is not None:
             after_first = _generators(self.model)
@@ -62,10 +66,9 @@ class TwoPasses:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for module, name, buffer, value in kept:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer  # a layer may have assigned a new tensor
+            _copy(buffers, values)
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer  # a layer may have assigned a new tensor
             if after_first is not None:
                 after_first.restore()
 
@@ -105,6 +108,25 @@ def guard(model: nn.Module, optimizer: torch.optim.Optimizer):
             )
 
     return model.register_state_dict_pre_hook(refuse)
+
+
+def is_expanded(buffer: Tensor) -> bool:
+    """Whether elements share memory: torch refuses to write to it, so that it neither changes nor can be put back."""
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+    )
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    """``into[i].copy_(values[i])``: one call, and on a GPU one launch, for each device and dtype."""
+    kinds: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(into, values, strict=True):
+        targets, sources = kinds.setdefault((target.device, target.dtype), ([], []))
+        targets.append(target)
+        sources.append(value)
+    for targets, sources in kinds.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _generators(model: nn.Module):

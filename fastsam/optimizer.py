@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,7 +21,7 @@ from torch.amp import GradScaler
 
 from fastsam.amp import forget_pass
 from fastsam.checkpoint import checked, in_this_layout
-from fastsam.checks import describe
+from fastsam.checks import describe, flag
 from fastsam.closures import ClosureSteps
 from fastsam.distributed import Ranks
 from fastsam.passes import Accumulated
@@ -54,6 +55,11 @@ class SharpnessAware(ClosureSteps):
             )
         if not callable(base_optimizer):
             raise TypeError(f"base_optimizer={base_optimizer!r} must be an optimizer class, such as torch.optim.SGD")
+        if _needs_closure(base_optimizer):
+            raise TypeError(
+                f"base_optimizer={base_optimizer.__name__} evaluates a closure in its own step() and cannot make the "
+                "update of one second gradient: take one whose step() needs none, such as torch.optim.SGD"
+            )
         self._ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
         self._spaces = Spaces(backend, self._ranks)
         self._perturbed = False
@@ -191,6 +197,7 @@ class SharpnessAware(ClosureSteps):
         group = self.param_groups[-1]
         try:
             self.check_group(self._method_groups()[-1])
+            flag("perturb", group["perturb"])
             self._ranks.check_parameters(group["params"])
             for p in group["params"]:
                 if not p.is_floating_point():
@@ -219,13 +226,21 @@ class SharpnessAware(ClosureSteps):
     def load_state_dict(self, state_dict: dict) -> None:
         """Loads a checkpoint of this method, of the authors' code, or of the base optimizer alone.
 
-        What the checkpoint's groups do not name keeps its present value; their ``old_p`` is left out.
+        What the checkpoint's groups do not name keeps its present value; their ``old_p`` is left out. After any
+        exception groups and state are as before.
         """
         if self._perturbed:
             raise RuntimeError("load_state_dict() between first_step() and second_step(): finish the step first")
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            super().load_state_dict(checked(in_this_layout(state_dict, self), self))
+            with self._own_state_hidden():
+                self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        except BaseException:  # the base optimizer looks at a state that is in its place by then
+            self.__dict__.update(before)
+            self.base_optimizer.__dict__.update(before)
+            raise
         self._accumulated = None
-        super().load_state_dict(checked(in_this_layout(state_dict, self), self))
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._share_with_base()
         self._state_is_empty = False
         if self.uses_ema:
@@ -235,8 +250,12 @@ class SharpnessAware(ClosureSteps):
         if self._perturbed:
             raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
         own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
+        # The base optimizer finds the state here again; of its own, it would take the method's for its own.
+        base = object.__new__(type(self.base_optimizer))
+        base.__dict__.update(self.base_optimizer.__dict__, state=defaultdict(dict))
         return {
             **own,
+            "base_optimizer": base,
             "_spaces": Spaces(self._spaces.backend, self._ranks),
             "_sums": None,
             "_first_scaler": None,
@@ -261,3 +280,10 @@ class SharpnessAware(ClosureSteps):
         if not self._aliases:
             return self.param_groups
         return [{**g, **{name: g[alias] for name, alias in self._aliases.items()}} for g in self.param_groups]
+
+
+def _needs_closure(base_optimizer: Callable) -> bool:
+    """Whether it is a class like ``torch.optim.LBFGS``."""
+    step = getattr(base_optimizer, "step", None)
+    closure = None if step is None else inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -6,7 +6,6 @@ Every method here leaves weights and state as they were if it raises, and lets n
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -16,10 +15,11 @@ from torch.amp import GradScaler
 from fastsam.amp import record_step, unscaling_factor
 from fastsam.checks import at_least
 from fastsam.descent import fused_rule
-from fastsam.flat import FlatSpace, clear_gradients
+from fastsam.flat import FlatSpace
+from fastsam.flatten import clear_gradients
 from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent, Descent
-from fastsam.kernels.torch import clipped
+from fastsam.kernels.torch import all_finite, clipped
 from fastsam.spaces import Spaces
 
 _UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
@@ -138,7 +138,7 @@ class Passes(torch.optim.Optimizer):
 
     def _finite(self) -> bool:
         """Whether the step counts: waits for the sums."""
-        return all(map(math.isfinite, self._sums.tolist()))
+        return all_finite(self._sums.tolist())
 
     def _descend(self, space: FlatSpace, rule, options: dict, accumulated: Accumulated | None, committed: bool) -> None:
         """The fused update of one space. ``committed``: the step counts, as far as the host knows without waiting.
@@ -173,26 +173,36 @@ class Passes(torch.optim.Optimizer):
             space.kernels.restore(space)
         if not self._finite():  # a base optimizer cannot decide on the device
             return False
-        descent = Descent(self.param_groups, {}, (), **options)
-        for space in self._spaces:
-            for g in space.gradients:
-                if g is not None and options != _UNTOUCHED:
-                    g.copy_(clipped(g * descent.grad_scale, descent, self._sums))
+        if options != _UNTOUCHED:
+            descent, squared_norm = Descent(self.param_groups, {}, (), **options), self._sums[0].item()
+            for g in (g for space in self._spaces for g in space.gradients if g is not None):
+                g.copy_(clipped(g * descent.grad_scale, descent, squared_norm))
         with self._own_state_hidden():
             self.base_optimizer.step()
         return True
 
     @contextlib.contextmanager
     def _own_state_hidden(self) -> Iterator[None]:
-        """Optimizers take a parameter whose state is not empty for one they have met."""
+        """Lets the base optimizer see its own state alone.
+
+        Optimizers take a parameter whose state is not empty for one they have met. An entry of theirs that is called
+        as one of the method's is called ``base_<name>`` outside.
+        """
+        names = [name for name, own in (("momentum", self.uses_ema), ("eigenvector", True)) if own]
         hidden = []
         for p, state in self.state.items():
-            for name in ("momentum", "eigenvector"):
-                if name in state and (name == "eigenvector" or self.uses_ema):
+            for name in names:
+                if name in state:
                     hidden.append((p, name, state.pop(name)))
+                if f"base_{name}" in state:
+                    state[name] = state.pop(f"base_{name}")
         try:
             yield
         finally:
+            for state in self.state.values():
+                for name in names:
+                    if name in state:
+                        state[f"base_{name}"] = state.pop(name)
             for p, name, value in hidden:
                 self.state[p][name] = value
 

@@ -52,7 +52,9 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self):
         # torch does not see what a graph writes.
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self._written)):
+        with contextlib.ExitStack() as unseen:
+            for tensor in self._written:
+                unseen.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
             for entry in self.entries:
                 entry()
 
@@ -61,6 +63,15 @@ class Tape(TorchDispatchMode):
         out = [t for t in pytree.tree_leaves(function(*args, **kwargs)) if isinstance(t, torch.Tensor)]
         for place, value in zip(fresh, out, strict=False):
             place.copy_(value)
+
+
+class WaitingRefused(TorchDispatchMode):
+    """As ``torch.cuda.set_sync_debug_mode("error")``."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in WAITS:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return function(*args, **(kwargs or {}))
 
 
 class Launches:
@@ -96,6 +107,9 @@ class HostGpu:
     @contextlib.contextmanager
     def warming_up(self):
         yield
+
+    def waiting_refused(self):
+        return WaitingRefused()
 
     def record(self, step):
         tape = Tape()

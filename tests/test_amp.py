@@ -172,6 +172,17 @@ def test_a_disabled_scaler_is_no_scaler(backend):
     assert torch.equal(problem.weights(), twin_problem.weights())
 
 
+def test_a_disabled_scaler_is_no_scaler_in_accumulation(backend):
+    (problem, optimizer), (twin_problem, twin) = (make("SAM", "AdamW", backend) for _ in range(2))
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(2):
+        optimizer.accumulate(problem.closure, grad_scaler=disabled)
+        twin.accumulate(twin_problem.closure)
+    optimizer.descend(grad_scaler=disabled)
+    twin.descend()
+    assert torch.equal(problem.weights(), twin_problem.weights())
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_pure_bfloat16_weights_train(backend, method, base):

@@ -8,6 +8,7 @@ from reference import build_optimizer, mlp
 from reference.scripted import bits, noise, random_gradients, set_gradients, state_bits
 
 import fastsam
+from fastsam import kernels
 
 METHODS = ["SAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"]
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -26,6 +27,9 @@ BAD_HYPER_PARAMETERS = [
     ("SAM", {"rho": INF}),
     ("SAM", {"rho": "0.05"}),
     ("SAM", {"rho": None}),
+    ("SAM", {"rho": torch.ones(2)}),
+    ("SAM", {"adaptive": "yes"}),
+    ("SAM", {"perturb": "no"}),
     ("FriendlySAM", {"rho": -1}),
     ("FriendlySAM", {"lmbda": -0.1}),
     ("FriendlySAM", {"lmbda": 1.0}),
@@ -37,6 +41,7 @@ BAD_HYPER_PARAMETERS = [
     ("EigenSAM", {"rho": -1}),
     ("EigenSAM", {"alpha": NAN}),
     ("EigenSAM", {"alpha": INF}),
+    ("EigenSAM", {"adaptive": None}),
     ("EigenSAM", {"freq": 0}),
     ("EigenSAM", {"freq": -3}),
     ("EigenSAM", {"freq": 2.5}),
@@ -50,6 +55,8 @@ def test_a_hyper_parameter_out_of_range(name, bad, where):
     [(key, value)] = bad.items()
     if key == "freq" and where != "argument":
         pytest.skip("freq belongs to the optimizer: an eigenvector spans all the groups")
+    if key == "perturb" and where == "argument":
+        pytest.skip("perturb belongs to groups")
     param = a_param()
     with pytest.raises((ValueError, TypeError), match=rf"{key}.*{re.escape(str(value))}"):
         if where == "argument":
@@ -66,7 +73,8 @@ def test_a_hyper_parameter_out_of_range(name, bad, where):
 
 @pytest.mark.parametrize(("method", "key", "value"), [
     ("SAM", "rho", NAN), ("SAM", "rho", -1.0), ("F-SAM sigma=0.5 lmbda=0.9", "lmbda", 2.0),
-    ("F-SAM sigma=0.5 lmbda=0.9", "sigma", -1.0), ("Eigen-SAM given v", "alpha", NAN),
+    ("F-SAM sigma=0.5 lmbda=0.9", "sigma", -1.0), ("Eigen-SAM given v", "alpha", NAN), ("SAM", "adaptive", "yes"),
+    ("Eigen-SAM given v", "adaptive", 0.5),
 ])  # fmt: skip
 def test_a_group_edited_out_of_range_is_refused_by_the_next_step(backend, method, key, value):
     param = a_param()
@@ -77,6 +85,18 @@ def test_a_group_edited_out_of_range_is_refused_by_the_next_step(backend, method
     with pytest.raises((ValueError, TypeError), match=rf"{key}.*{value}"):
         optimizer.first_step()
     assert bits([param]) == start and state_bits(optimizer, [param]) == [{}]
+
+
+@pytest.mark.parametrize("value", [0, 2.5, None])
+def test_a_freq_edited_out_of_range_is_refused_by_the_next_step(value):
+    problem = mlp()
+    optimizer = build_optimizer("Eigen-SAM own v", "SGD momentum", problem.params(), "auto")
+    optimizer.step(problem.closure)
+    optimizer.param_groups[0]["freq"] = value
+    start = bits(problem.params())
+    with pytest.raises(ValueError, match=rf"freq={value}"):
+        optimizer.step(problem.closure)
+    assert bits(problem.params()) == start
 
 
 def test_zero_rho_is_the_base_optimizer(backend):
@@ -116,9 +136,9 @@ def test_an_integer_group_added_later_is_refused():
 @pytest.mark.parametrize(("base", "says"), [
     (lambda: torch.optim.SGD([a_param()], lr=0.1), "class"),
     (lambda: "SGD", "SGD"),
-    (lambda: None, "base_optimizer"),
-], ids=["an instance", "a string", "None"])  # fmt: skip
-def test_a_base_optimizer_that_is_not_a_class(base, says):
+    (lambda: None, "base_optimizer"), (lambda: torch.optim.LBFGS, "LBFGS.*closure"),
+], ids=["an instance", "a string", "None", "one that needs a closure"])  # fmt: skip
+def test_a_base_optimizer_that_cannot_be_one(base, says):
     with pytest.raises(TypeError, match=says):
         fastsam.SAM([a_param()], base(), lr=0.1)
 
@@ -139,6 +159,11 @@ def test_an_unknown_backend_suggests_the_nearest(name, near):
 def test_a_backend_that_is_no_name(name):
     with pytest.raises((ValueError, TypeError), match="backend"):
         fastsam.SAM([a_param()], torch.optim.SGD, lr=0.1, backend=name)
+
+
+def test_a_device_without_float64_is_refused_with_every_backends_reason():
+    with pytest.raises(RuntimeError, match=r"cannot serve torch.float32 .* mps: .*cpu: .*torch: .*MPS does not have"):
+        kernels.choose("auto", torch.device("mps"), torch.float32)
 
 
 def test_backends_names_each_one_and_says_why_one_is_missing():

@@ -196,6 +196,39 @@ def test_a_copied_optimizer_goes_on_alone(backend, method, base, how):
     assert torch.equal(train(optimizer, problem, 5), end)
 
 
+def loaded_into_a_fresh_one(pair, method, base, backend):
+    problem, optimizer = pair
+    again, resumed = fresh(method, base, backend)
+    resumed.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, dtype=torch.float64))]})
+    again.model.load_state_dict(problem.model.state_dict())
+    again.batch = problem.batch
+    resumed.load_state_dict(save_and_load(problem, optimizer)["optimizer"])
+    return again, resumed
+
+
+@pytest.mark.parametrize("how", [
+    lambda pair, *_: copy.deepcopy(pair), lambda pair, *_: pickle.loads(pickle.dumps(pair)), loaded_into_a_fresh_one
+], ids=["deepcopy", "pickle", "load_state_dict"])  # fmt: skip
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", ["F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"])
+def test_a_parameter_that_the_base_optimizer_has_not_met_yet_comes_back(backend, method, base, how):
+    problem, optimizer = trained(method, base, backend)
+    beside = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer.add_param_group({"params": [beside]})
+    if METHODS[method].eigenvector:
+        optimizer.eigenvector = optimizer.eigenvector
+    else:
+        beside.grad = torch.ones_like(beside)  # in the first pass alone
+        problem.closure()
+        optimizer.first_step(zero_grad=True)
+        problem.closure()
+        optimizer.second_step(zero_grad=True)
+    assert optimizer.state[beside].keys() <= {"momentum", "eigenvector"}
+    twin_problem, twin = how((problem, optimizer), method, base, backend)
+    assert state_bits(twin, twin.param_groups[1]["params"]) == state_bits(optimizer, [beside])
+    assert torch.equal(train(twin, twin_problem, 3), train(optimizer, problem, 3))
+
+
 def test_a_checkpoint_with_other_groups_is_refused_and_changes_nothing(backend):
     problem, optimizer = trained("F-SAM sigma=0.5 lmbda=0.9", "SGD momentum", backend)
     before = state_bits(optimizer, problem.params())

@@ -71,6 +71,13 @@ def test_demo_without_its_packages_says_what_to_install(monkeypatch, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_demo_that_cannot_write_its_folder_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("demo", "--quick", "--output", str(tmp_path / "file"))
+    assert result.exit_code == 1
+    assert "fastsam demo: " in result.output and str(tmp_path / "file") in result.output.replace("\n", "")
+
+
 @pytest.mark.parametrize("status, reason", [("built", None), ("not built: why", "not built: why")])
 def test_the_build_record_gives_the_reason(monkeypatch, tmp_path, status, reason):
     record = tmp_path / "record.json"

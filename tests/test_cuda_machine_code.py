@@ -30,12 +30,18 @@ VECTORS = {
     # loads g, w, m, v and w; stores w, backup, m and backup
     "climb": {"loads": 4 + 1, "stores": 1 + 1, "past the caches": 2},
     # loads backup, g, momentum, and backup, m; stores w, momentum, and w, m
-    "sgd": {"loads": 3 + 2, "stores": 2 + 2, "past the caches": 0},
+    "descend_sgd": {"loads": 3 + 2, "stores": 2 + 2, "past the caches": 0},
     # loads backup, g, exp_avg, exp_avg_sq, and backup, m; stores w, exp_avg, exp_avg_sq, and w, m
-    "adam": {"loads": 4 + 2, "stores": 3 + 2, "past the caches": 0},
+    "descend_adam": {"loads": 4 + 2, "stores": 3 + 2, "past the caches": 0},
     "restore": {"loads": 1, "stores": 1, "past the caches": 0},
 }
-PASSES = {"gram_kernel": "gram", "Climb": "climb", "SgdPass": "sgd", "AdamPass": "adam", "Restore": "restore"}
+PASSES = {
+    "gram_kernel": "gram",
+    "Climb": "climb",
+    "DescendSgd": "descend_sgd",
+    "DescendAdam": "descend_adam",
+    "Restore": "restore",
+}
 WEIGHTS = {"f": "float", "d": "double", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
 
@@ -105,7 +111,7 @@ def accesses(counts, instruction, *modifiers):
 def test_every_pass_is_compiled_for_every_type(architecture):
     expected = {
         (name, weights, mixed)
-        for name in ("gram", "climb", "sgd", "adam")
+        for name in ("gram", "climb", "descend_sgd", "descend_adam")
         for weights in WEIGHTS.values()
         for mixed in (False, True)
         if not (mixed and weights == "double")
@@ -140,7 +146,7 @@ def test_elements_are_in_global_memory_alone(architecture):
 def test_registers_leave_room_for_enough_threads(architecture):
     """Bytes under way: 1024 threads a multiprocessor with 16 bytes of each vector, 768 where vectors are more."""
     for (name, weights, mixed), (registers, _) in of(architecture, resources):
-        fewer = mixed or weights == "double" or (name == "adam" and weights != "float")
+        fewer = mixed or weights == "double" or (name == "descend_adam" and weights != "float")
         threads = 768 if fewer else 1024
         granted = -(-registers // 8) * 8
         assert granted * threads <= REGISTER_FILE, (name, weights, mixed, registers)
@@ -151,14 +157,14 @@ def test_sums_are_formed_without_float_atomics(architecture):
     for (name, *_), counts in of(architecture, instructions):
         atomics = {i for i in counts if i.split(".")[0] in ("ATOM", "ATOMG", "RED", "REDG")}
         assert not any(part.startswith(("F16", "F32", "F64", "BF16")) for i in atomics for part in i.split("."))
-        assert bool(atomics) == (name in ("gram", "adam"))  # the integer count of finished blocks
+        assert bool(atomics) == (name in ("gram", "descend_adam"))  # the integer count of finished blocks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_products_and_sums_are_not_contracted(architecture):
     """The few that there are belong to divisions in double, one for each chunk, not to elements."""
     for (name, weights, _), counts in of(architecture, instructions):
-        if name in ("climb", "sgd") and weights != "double":
+        if name in ("climb", "descend_sgd") and weights != "double":
             assert accesses(counts, "FMUL") >= 4
             assert accesses(counts, "FFMA") < 4, (name, weights)
 

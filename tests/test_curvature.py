@@ -17,7 +17,7 @@ from reference import mlp
 from torch import nn
 
 import fastsam
-from fastsam import curvature
+from fastsam import curvature, models
 from fastsam.curvature import Chunks, Hessian, hessian_vector_product
 from fastsam.methods.eigen import Estimate
 
@@ -142,6 +142,60 @@ def test_finite_differences_agree_with_the_exact_product(build, direction):
     assert cosine(half, truth) >= 0.95
     lengths = [torch.cat([x.double().reshape(-1) for x in h]).norm() for h in (single, half, truth)]
     assert abs(lengths[0] / lengths[2] - 1) < 0.01 and abs(lengths[1] / lengths[2] - 1) < 0.3
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def in_half(dtype, own=None):
+    """A small vision transformer, its loss in float32 and its loss under autocast.
+
+    With ``own`` a dropout whose masks come from this generator, which nobody else knows of, makes the second random.
+    """
+    torch.manual_seed(1)
+    model = models.vit(10, image=8, patch=2, dim=32, depth=2, heads=4, channels=1)
+    x, y = images()
+
+    def dropout(module, inputs, output):
+        mask = torch.rand(output.shape, generator=own) > 0.3
+        return output * mask / 0.7
+
+    def loss():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.cross_entropy(model(x), y)
+
+    def half():
+        with torch.autocast("cpu", dtype=dtype):
+            logits = model(x)
+        return F.cross_entropy(logits.float(), y)
+
+    if own is not None:
+        model.norm.register_forward_hook(dropout)
+    return model, loss, half
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_move_that_was_too_far_for_its_direction_is_made_again(dtype):
+    """From a random direction to the top eigenvector curvature grows a hundredfold, and the radius was the former's."""
+    model, loss, half = in_half(dtype)
+    torch.manual_seed(0)
+    top = curvature.top_eigenpairs(loss, model, which="magnitude", method="exact")
+    torch.manual_seed(1)
+    start = noise_like(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = dict(which="magnitude", method="finite-difference", start=start, products=20)
+        found = curvature.top_eigenpairs(half, model, **options)
+    assert float(found.eigenvalues[0]) == pytest.approx(float(top.eigenvalues[0]), rel=0.1)
+    assert curvature.alignment(found.vectors[0], top.vectors[0]) > 0.95
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_random_loss_in_half_precision_is_said_to_be_noise(dtype):
+    model, _, half = in_half(dtype, own=torch.Generator().manual_seed(0))
+    with pytest.warns(RuntimeWarning, match="noise"), Hessian(half, model, method="finite-difference") as hessian:
+        for _ in range(3):
+            hessian.product(hessian.random())
 
 
 def test_an_autocast_region_around_the_call_does_not_keep_old_casts_of_the_weights():

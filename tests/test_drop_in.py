@@ -8,6 +8,8 @@ from reference import build_optimizer, build_reference, mlp
 from reference.scripted import bits, copies, make_scripted, noise, random_gradients, scripted_steps, set_gradients
 from torch.optim import lr_scheduler
 
+from fastsam import FriendlySAM
+
 SOME_METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"]
 SOME_BASES = ["SGD momentum", "AdamW", "RMSprop"]
 
@@ -49,6 +51,37 @@ def test_schedulers_drive_the_step_without_a_warning(backend, scheduler, base, o
         actual = train_with_scheduler(optimizer, scheduled, scheduler, problem, by_closure)
     assert actual == expected and len(set(actual)) > 1
     torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-11, atol=1e-11)
+
+
+class HeavyBall(torch.optim.Optimizer):
+    """An optimizer whose state has the name of F-SAM's average."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            p.sub_(momentum.mul_(0.9).add_(p.grad), alpha=self.param_groups[0]["lr"])
+
+
+def test_a_base_optimizer_may_call_its_state_as_the_method_does(backend):
+    plain, perturbed = mlp(), mlp()
+    base = HeavyBall(plain.params(), lr=0.05)
+    optimizer = FriendlySAM(perturbed.params(), HeavyBall, rho=0.0, lr=0.05, backend=backend)
+    for k in range(6):
+        base.zero_grad()
+        plain.closure()
+        base.step()
+        optimizer.step(perturbed.closure)
+        if k == 2:
+            saved = optimizer.state_dict()
+            optimizer = FriendlySAM(perturbed.params(), HeavyBall, rho=0.0, lr=0.05, backend=backend)
+            optimizer.load_state_dict(saved)
+    torch.testing.assert_close(perturbed.weights(), plain.weights(), rtol=1e-13, atol=1e-13)
+    p = perturbed.params()[0]
+    assert not torch.equal(optimizer.state[p]["momentum"], optimizer.state[p]["base_momentum"])
 
 
 @pytest.mark.parametrize("base", SOME_BASES)

@@ -1,11 +1,14 @@
 """Exceptions anywhere in a long run: the weights are the last completed step's, and the run goes on undisturbed."""
 
 import functools
+import signal
 
 import pytest
 import torch
 from reference import METHODS, build_optimizer, mlp
 from reference.scripted import bits, noise, state_bits
+
+from fastsam.kernels import cpu as cpu_kernels
 
 ALL_METHODS = ["SAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"]
 BASES = ["SGD momentum", "AdamW", "RMSprop"]
@@ -193,3 +196,53 @@ def test_a_closure_that_is_none_of_a_closure(backend, closure, error, says, call
         getattr(optimizer, call)(bad)
     assert (bits(problem.params()), state_bits(optimizer, problem.params())) == before
     optimizer.step(problem.closure)
+
+
+class Signalling:
+    """The compiled kernels, one of which is done when a signal arrives, before anybody could note that it is."""
+
+    def __init__(self, compiled, kernel, number):
+        self.compiled, self.kernel, self.number = compiled, kernel, number
+
+    def __getattr__(self, name):
+        original = getattr(self.compiled, name)
+        if name != self.kernel:
+            return original
+
+        def signalled(*args):
+            original(*args)
+            signal.raise_signal(self.number)
+
+        return signalled
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no such signals on this system")
+@pytest.mark.parametrize("kernel, completed", [("climb", 1), ("descend_sgd", 2)])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGALRM", "SIGCHLD"])  # SIGCHLD: a DataLoader's worker has died
+def test_a_signal_whose_handler_raises_waits_for_weights_and_state_to_belong_together(
+    cpu, monkeypatch, name, kernel, completed
+):
+    def handler(*_):
+        raise Injected(name)
+
+    number = getattr(signal, name)
+    before = signal.signal(number, handler)
+    try:
+        weights = undisturbed("SAM", "SGD momentum", cpu, False)[0]
+        problem, optimizer, _ = make("SAM", "SGD momentum", cpu, False)
+        whole_step(problem, optimizer, None)
+        problem.next_batch()
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_kernels, "_cpu", Signalling(cpu_kernels._cpu, kernel, number))
+            with pytest.raises(Injected):
+                whole_step(problem, optimizer, None)
+        assert bits(problem.params()) == weights[completed]
+        assert signal.getsignal(number) is handler
+        if completed == 2:
+            problem.next_batch()
+        for _ in range(completed, 4):
+            whole_step(problem, optimizer, None)
+            problem.next_batch()
+        assert bits(problem.params()) == weights[4]
+    finally:
+        signal.signal(number, before)

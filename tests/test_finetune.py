@@ -337,6 +337,18 @@ def test_layers_get_their_learning_rates_and_biases_no_decay(checkpoint):
     assert named["classifier.weight"] == (1.0, 0.1)
 
 
+def test_scales_with_dimensions_of_one_have_no_decay():
+    from transformers import AutoModelForImageClassification, ConvNextV2Config, Swinv2Config
+
+    stages = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
+    window = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2}
+    build = AutoModelForImageClassification.from_config
+    both = build(ConvNextV2Config(**stages)), build(Swinv2Config(**window))
+    decayed = {name for m in both for name, p in m.named_parameters() if groups.decays(name, p)}
+    assert "convnextv2.encoder.stages.0.layers.0.dwconv.weight" in decayed, "shape (8, 1, 7, 7)"
+    assert not [name for name in decayed if "grn" in name or "logit_scale" in name]
+
+
 def test_the_learning_rate_rises_then_falls_along_a_cosine():
     factor = steps.warmup_then_cosine(4, 12)
     assert [factor(i) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -375,6 +387,9 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(birds, checkpoin
         (["--method", "fsma"], "--method 'fsma' is unknown, the nearest is fsam"),
         (["--optimizer", "adamv"], "--optimizer 'adamv' is unknown, the nearest is adam"),
         (["--optimizer", "sgd", "--optimizer-arg", "momentun=1"], "the nearest is momentum"),
+        (["--optimizer", "muon"], "--optimizer 'muon' is unknown"),
+        (["--optimizer", "sgd", "--optimizer-arg", "momentum=abc"], "torch.optim.SGD does not take momentum='abc'"),
+        (["--max-norm", "0"], "--max-norm 0 would leave nothing of the gradient"),
         (["--optimizer", "rprop"], "Rprop has no weight_decay: say --weight-decay 0"),
         (["--precision", "fp8"], "--precision 'fp8' is unknown"),
         (["--accumulate", "3"], "--accumulate 3 must divide --batch-size 8"),
@@ -484,3 +499,10 @@ def test_weights_that_are_not_finite_do_not_overwrite_the_checkpoint(birds, chec
     with pytest.raises(ValueError, match=r"not finite at step \d: lower --lr"):
         job.run(wild)
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_run_whose_losses_are_not_finite_ends_with_its_first_epoch(birds, checkpoint, tmp_path):
+    """SAM's steps leave weights as they were where a gradient is not finite, so weights alone do not show it."""
+    wild = settings(birds, checkpoint, tmp_path, optimizer="sgd", lr=1e9, epochs=30, save_every=None)
+    with pytest.raises(ValueError, match=r"losses in training and testing are not finite at step 3: lower --lr"):
+        job.run(wild)

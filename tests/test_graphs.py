@@ -5,6 +5,8 @@ graph does. Only a GPU can show that CUDA accepts the capture: tests/gpu.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import tape
@@ -74,6 +76,15 @@ def training(monkeypatch):
     launches = tape.Launches(cuda._cuda)
     monkeypatch.setattr(cuda, "_cuda", launches)
     return lambda *args, **kwargs: Training(launches, monkeypatch, *args, **kwargs)
+
+
+def test_what_the_code_names_of_torch_cuda_is_there():
+    """Where there is no GPU nothing else would notice a wrong name."""
+    root = Path(__file__).parents[1]
+    files = [path for folder in ("fastsam", "benchmarks", "tests/gpu") for path in (root / folder).rglob("*.py")]
+    names = {name for path in files for name in re.findall(r"torch\.cuda\.(\w+)", path.read_text())}
+    assert {"graph", "is_current_stream_capturing"} <= names
+    assert not [name for name in sorted(names) if not hasattr(torch.cuda, name)]
 
 
 # ---- a replay is a step ----------------------------------------------------------------------------------------
@@ -244,7 +255,25 @@ def test_a_closure_that_waits_for_a_value_is_refused_and_training_goes_on(traini
         each.train([0])
     whole = captured.closure
     captured.closure = lambda x, y: whole(x, y) if float(x.sum()) < 1e9 else None
-    with pytest.raises(RuntimeError, match=r"cannot be captured.*not permitted when stream is capturing.*\.item\(\)"):
+    with pytest.raises(RuntimeError, match=r"cannot be captured.*called a synchronizing.*\.item\(\)"):
+        captured.capture()
+    assert not captured.gpu.recorded, "a capture that breaks leaves torch in disorder"
+    captured.closure = whole
+    assert captured.train([1, 2]) == eager.train([1, 2])
+    assert captured.everything() == eager.everything()
+
+
+def test_a_capture_that_breaks_leaves_no_trace_and_training_goes_on(training):
+    eager, captured = training(), training()
+    whole = captured.closure
+
+    def closure(x, y):
+        if captured.gpu._launches.tape is not None:  # only now
+            x.sum().item()
+        return whole(x, y)
+
+    captured.closure = closure
+    with pytest.raises(RuntimeError, match=r"cannot be captured.*not permitted when stream is capturing"):
         captured.capture()
     captured.closure = whole
     assert captured.train([1, 2]) == eager.train([1, 2])

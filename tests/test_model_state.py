@@ -27,12 +27,31 @@ class CountingNorm(nn.Module):
         return x - self.mean
 
 
+class ManyKinds(nn.Module):
+    """Buffers of several dtypes and layouts, and one that is expanded and cannot be written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(6))
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("rough", torch.zeros(2, 6, dtype=torch.bfloat16).t())
+        self.register_buffer("odd", torch.tensor(False))
+        self.register_buffer("absent", None)
+
+    def forward(self, x):
+        self.mean.add_(x.detach().mean(0))
+        self.rough.add_(x.detach().mean())
+        self.odd.logical_not_()
+        return x * self.scale
+
+
 NORMS = {
     "momentum": lambda: nn.BatchNorm1d(6),
     "momentum zero": lambda: nn.BatchNorm1d(6, momentum=0.0),
     "cumulative": lambda: nn.BatchNorm1d(6, momentum=None),
     "no statistics": lambda: nn.BatchNorm1d(6, track_running_stats=False),
     "custom": CountingNorm,
+    "many kinds": ManyKinds,
 }
 
 

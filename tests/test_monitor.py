@@ -1,6 +1,8 @@
 """CurvatureMonitor, its picture, and `fastsam sharpness`."""
 
+import contextlib
 import csv
+import importlib
 import json
 import math
 
@@ -185,9 +187,14 @@ def project(tmp_path, monkeypatch):
     x, y = torch.randn(20, 5), torch.randint(0, 3, (20,))
     torch.save(model.state_dict(), "plain.pt")
     torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}, "epoch": 3}, "nested.pt")
+    torch.save({"step": 5, "payload": {"optimizer": {"state": {}}, "model": model.state_dict()}}, "run.pt")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("safetensors.torch").save_file(model.state_dict(), "model.safetensors")
     torch.save((x, y), "data.pt")
     torch.save({"inputs": x, "targets": y}, "named.pt")
     __import__("numpy").savez("data.npz", inputs=x.numpy(), targets=y.numpy())
+    for damaged in ("junk.pt", "junk.npz"):
+        (tmp_path / damaged).write_bytes(b"hello" * 100)
     model.eval()
     return model, x, y
 
@@ -196,10 +203,19 @@ def sharpness(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-@pytest.mark.parametrize("checkpoint", ["plain.pt", "nested.pt"])
-@pytest.mark.parametrize("data", ["data.pt", "named.pt", "data.npz"])
+@pytest.mark.parametrize(
+    ("checkpoint", "data"),
+    [
+        ("plain.pt", "data.pt"),
+        ("nested.pt", "named.pt"),
+        ("run.pt", "data.npz"),
+        ("model.safetensors", "data.pt"),
+    ],
+)
 def test_the_command_measures_a_checkpoint(project, checkpoint, data):
     model, x, y = project
+    if checkpoint.endswith("safetensors"):
+        pytest.importorskip("safetensors")
     result = sharpness(
         checkpoint, "--model", "own_project:build", "--data", data, "--top", 2, "--trace", 10, "--chunk", 7,
         "--tolerance", 1e-4, "--json", "out.json",
@@ -233,6 +249,10 @@ def test_the_command_takes_functions_of_the_users_and_draws_the_density(project)
         (("data.pt",), "state dict"),
         (("plain.pt", "--loss", "no_such_loss"), "no_such_loss"),
         (("plain.pt", "--chunk", "0"), "chunk"),
+        (("junk.pt",), "junk.pt is damaged"),
+        (("plain.pt", "--data", "junk.npz"), "junk.npz is damaged"),
+        (("plain.pt", "--device", "cuda:99"), "--device cuda:99"),
+        (("plain.pt", "--trace", "1"), "--trace 1"),
     ],
     ids=str,
 )
@@ -241,3 +261,11 @@ def test_the_command_names_what_it_cannot_use(project, arguments, message):
     result = sharpness(checkpoint, "--model", "own_project:build", "--data", "data.pt", *rest)
     assert result.exit_code != 0
     assert message in result.output and "Traceback" not in result.output
+
+
+def test_the_command_shows_its_numbers_before_a_file_that_cannot_be_written(project):
+    result = sharpness(
+        "plain.pt", "--model", "own_project:build", "--data", "data.pt", "--json", "no/such/folder/out.json"
+    )
+    assert result.exit_code == 1
+    assert "eigenvalue" in result.output and "no/such/folder" in result.output

@@ -190,6 +190,7 @@ BAD = [
     (["f_sam", "--set", "learning_rate=1"], "unknown key 'learning_rate'"),
     (["f_sam", "--set", "rh=0.1"], "unknown key 'rh'; did you mean rho"),
     (["f_sam", "--set", "epochs=many"], "epochs='many' must be of type int"),
+    (["f_sam", "--set", "rho"], "--set 'rho' must be NAME=VALUE"),
     (["f_sam", "--set", "rho=-1"], "rho=-1 must be at least 0"),
     (["f_sam", "--set", "batch_size=0"], "batch_size=0 must be at least 1"),
     (["f_sam", "--data", "digitz"], "did you mean digits"),

@@ -124,6 +124,23 @@ def test_another_methods_checkpoint_is_refused_and_nothing_is_lost(backend, save
     train(optimizer, problem, 1)
 
 
+@pytest.mark.parametrize(("saved", "loaded", "error"), [
+    ("SGD momentum", "AdamW", ValueError), ("RMSprop", "AdamW", ValueError), ("AdamW", "SGD momentum", ValueError),
+    ("RMSprop", "SGD momentum", ValueError), ("AdamW", "SGD", ValueError),
+    ("SGD momentum", "RMSprop", KeyError),  # torch's own
+])  # fmt: skip
+def test_another_base_optimizers_checkpoint_is_refused_and_nothing_is_lost(backend, saved, loaded, error):
+    _, other = trained("SAM", saved, backend)
+    problem, optimizer = trained("SAM", loaded, backend)
+    before = state_bits(optimizer, problem.params()), str(optimizer.param_groups)
+    with pytest.raises(error, match="another base optimizer" if error is ValueError else "step"):
+        optimizer.load_state_dict(other.state_dict())
+    assert (state_bits(optimizer, problem.params()), str(optimizer.param_groups)) == before
+    assert optimizer.base_optimizer.state is optimizer.state
+    assert optimizer.base_optimizer.param_groups is optimizer.param_groups
+    train(optimizer, problem, 1)
+
+
 def test_an_authors_friendly_checkpoint_does_not_load_into_sam(backend):
     problem, optimizer = trained("SAM", "SGD momentum", backend)
     saved = torch.optim.SGD(problem.params(), lr=0.1).state_dict()

@@ -180,7 +180,9 @@ def chosen(rows: list[Row], patterns: list[str] | None) -> list[Row]:
 
 def parse_change(text: str) -> tuple[str, Any]:
     """``"lr=0.1"`` as a name and a value of that setting's type."""
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise TableError(f"--set {text!r} must be NAME=VALUE")
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

@@ -93,7 +93,7 @@ void descend_sgd(const Table& t, uintptr_t backup, uintptr_t momentum_buffer, co
   for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize] : tuples)
     groups.push_back({lr, momentum, 1 - dampening, weight_decay, nesterov, maximize});
   const SgdArgs args{at<void>(backup), at<void>(momentum_buffer), groups.data(), grad_scale, clip_value, worth_streaming(t)};
-  descend(t, backup, threads, [&](const Piece& p) { kernels().sgd(p, args); });
+  descend(t, backup, threads, [&](const Piece& p) { kernels().descend_sgd(p, args); });
 }
 
 // lr, beta1, beta2, eps, weight_decay, decoupled, maximize
@@ -105,7 +105,7 @@ void descend_adam(const Table& t, uintptr_t backup, uintptr_t exp_avg, uintptr_t
     groups.push_back({lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
   const AdamArgs args{at<void>(backup), at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), groups.data(), grad_scale, clip_value,
                       worth_streaming(t)};
-  descend(t, backup, threads, [&](const Piece& p) { kernels().adam(p, args); });
+  descend(t, backup, threads, [&](const Piece& p) { kernels().descend_adam(p, args); });
 }
 
 void stream(const std::vector<uintptr_t>& reads, const std::vector<uintptr_t>& writes, int in_place, int64_t numel, int threads) {

@@ -52,7 +52,7 @@ struct SgdArgs {
 
 struct AdamGroup {
   double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;
+  bool decoupled_weight_decay, maximize;
 };
 
 struct AdamArgs {
@@ -76,8 +76,8 @@ struct Kernels {
   const char* name;
   void (*gram)(const Piece&, const GramArgs&, double sums[3]);  // <d,d>, <d,v>, <v,v>
   void (*climb)(const Piece&, const ClimbArgs&);
-  void (*sgd)(const Piece&, const SgdArgs&);
-  void (*adam)(const Piece&, const AdamArgs&);
+  void (*descend_sgd)(const Piece&, const SgdArgs&);
+  void (*descend_adam)(const Piece&, const AdamArgs&);
   void (*restore)(const Piece&, const void* backup, bool stream);
   void (*stream)(const StreamArgs&, int64_t begin, int64_t end);  // plain traffic, for measuring bandwidth
 };

@@ -57,7 +57,7 @@ FASTSAM_INLINE void dispatch(const Piece& p, Args&&... args) {
 // ---- gram: <d,d>, <d,v>, <v,v> in one read -------------------------------------------------------
 
 template <class W, class G>
-struct GramKernel {
+struct Gram {
   using S = typename Compute<W>::Scalar;
   static void run(const Piece& p, const GramArgs& a, double sums[3]) {
     const ClimbGroup& h = a.groups[p.row->group];
@@ -88,7 +88,7 @@ struct GramKernel {
 // ---- climb: back up w, write w + e, move the average on ----------------------------------------------
 
 template <class W, class G>
-struct ClimbKernel {
+struct Climb {
   using S = typename Compute<W>::Scalar;
   static void run(const Piece& p, const ClimbArgs& a) {
     const ClimbGroup& h = a.groups[p.row->group];
@@ -129,7 +129,7 @@ struct ClimbKernel {
 // ---- restore, and descend: restore and the base optimizer's update in one pass --------------------------
 
 template <class W, class G>
-struct RestoreKernel {
+struct Restore {
   static void run(const Piece& p, const void* flat, bool stream) {
     W* w = weights<W>(p);
     const W* backup = part<W>(flat, p);
@@ -143,7 +143,7 @@ struct RestoreKernel {
 };
 
 template <class W, class G>
-struct SgdKernel {
+struct DescendSgd {
   using S = typename Compute<W>::Scalar;
   static void run(const Piece& p, const SgdArgs& a) {
     const SgdGroup& group = a.groups[p.row->group];
@@ -172,21 +172,12 @@ struct SgdKernel {
 };
 
 template <class W, class G>
-struct AdamKernel {
+struct DescendAdam {
   using S = typename Compute<W>::Scalar;
   static void run(const Piece& p, const AdamArgs& a) {
     const AdamGroup& group = a.groups[p.row->group];
     const double t = a.steps[p.row->param];
-    Adam<S> h;
-    h.one_minus_beta1 = S(1 - group.beta1);
-    h.beta2 = S(group.beta2);
-    h.one_minus_beta2 = S(1 - group.beta2);
-    h.eps = S(group.eps);
-    h.decay_factor = S(group.decoupled ? 1 - group.lr * group.weight_decay : 1);
-    h.weight_decay = S(group.decoupled ? 0 : group.weight_decay);
-    h.step_size = S(group.lr / (1 - std::pow(group.beta1, t)));
-    h.sqrt_correction2 = S(std::sqrt(1 - std::pow(group.beta2, t)));
-    h.maximize = group.maximize;
+    const Adam<S> h = adam_constants<S>(group, std::pow(group.beta1, t), std::pow(group.beta2, t));
     const G* g = gradients<G>(p);
     W* w = weights<W>(p);
     const bool climbed = p.row->flags & kClimbed;
@@ -226,11 +217,11 @@ inline void stream_traffic(const StreamArgs& a, int64_t begin, int64_t end) {
 // Constant-initialised: no instruction of this set runs before the processor was asked for it.
 constexpr Kernels make(const char* name) {
   return {name,
-          [](const Piece& p, const GramArgs& a, double* sums) { dispatch<GramKernel>(p, a, sums); },
-          [](const Piece& p, const ClimbArgs& a) { dispatch<ClimbKernel>(p, a); },
-          [](const Piece& p, const SgdArgs& a) { dispatch<SgdKernel>(p, a); },
-          [](const Piece& p, const AdamArgs& a) { dispatch<AdamKernel>(p, a); },
-          [](const Piece& p, const void* backup, bool stream) { dispatch<RestoreKernel>(p, backup, stream); },
+          [](const Piece& p, const GramArgs& a, double* sums) { dispatch<Gram>(p, a, sums); },
+          [](const Piece& p, const ClimbArgs& a) { dispatch<Climb>(p, a); },
+          [](const Piece& p, const SgdArgs& a) { dispatch<DescendSgd>(p, a); },
+          [](const Piece& p, const AdamArgs& a) { dispatch<DescendAdam>(p, a); },
+          [](const Piece& p, const void* backup, bool stream) { dispatch<Restore>(p, backup, stream); },
           stream_traffic};
 }
 

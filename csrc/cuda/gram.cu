@@ -185,9 +185,7 @@ void gram(const GramArgs& args, Types types, Place place) {
     using W = decltype(w);
     using G = decltype(g);
     if (place.on_host) return gram_on_host<W, G>(args, blocks);
-    check(cudaSetDevice(place.device), "select the device");
-    gram_kernel<W, G><<<blocks, kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(args);
-    check(cudaGetLastError(), "launch a kernel");
+    launch(gram_kernel<W, G>, blocks, args, place);
   });
 }
 

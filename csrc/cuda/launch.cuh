@@ -22,21 +22,31 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("fastsam: CUDA could not ") + what + ": " + cudaGetErrorString(error));
 }
 
-#if defined(__CUDACC__)
-// Whether every other block of the launch has been here; what they wrote before can then be read. For all threads.
+// A block has kThreads threads.
+template <class Args>
+void launch(void (*kernel)(Args), int blocks, const Args& args, Place place) {
+  check(cudaSetDevice(place.device), "select the device");
+  void* arguments[] = {const_cast<Args*>(&args)};
+  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
+  check(cudaLaunchKernel(kernel, blocks, kThreads, arguments, 0, stream), "launch a kernel");
+}
+
+// Whether every other block of the launch has been here; what they wrote before can then be read. For all threads:
+// the barriers carry to and from thread 0 what its fences order between blocks.
 __device__ __forceinline__ bool finished_last(int* counter, int blocks) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1) == blocks - 1;
-    if (last) *counter = 0;
+    if (last) {
+      __threadfence();
+      *counter = 0;
+    }
   }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
-#endif
 
 // Blocks that a multiprocessor is to hold at a time, which bounds the registers: 64 of a thread, or 80 where
 // gradients of several types or float64 need them.
@@ -69,9 +79,7 @@ void run_pass(const typename P::Args& args, Place place) {
       for (int thread = 0; thread < kThreads; ++thread) P::finish(args, thread);
     return;
   }
-  check(cudaSetDevice(place.device), "select the device");
-  pass_kernel<P, W><<<n, kThreads, 0, static_cast<cudaStream_t>(place.stream)>>>(args);
-  check(cudaGetLastError(), "launch a kernel");
+  launch(pass_kernel<P, W>, n, args, place);
 }
 
 // f(W, G) for the types of a launch. float64 mixes with nothing else.

@@ -8,12 +8,14 @@ import gc
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 LEAST_ROUNDS = 3  # these are taken even when the time is over
+FAILED = "failed:"  # how a note begins that no plan foresees
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # What the whole machine has, then what this container may have and has taken.
@@ -172,6 +174,12 @@ def out_of_memory() -> Iterator[None]:
         if "can't allocate memory" in str(error) or "not enough memory" in str(error):
             raise OutOfMemory("out of memory") from None
         raise
+
+
+def failure(error: Exception) -> str:
+    """A line that fits a table; the whole of it goes to standard error."""
+    traceback.print_exception(error)
+    return f"{FAILED} {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
 
 
 def _container_memory() -> Iterator[int]:

@@ -30,7 +30,7 @@ class Compiled:
     """
 
     def __init__(self, method: str, base: str, parameters: Tensors, eigenvector: Tensors) -> None:
-        self._cache = _start_from_a_cold_compiler()
+        self._cache = _start_from_a_cold_compiler(parameters[0].device)
         self.parameters = parameters
         self.backup = [torch.empty_like(p) for p in parameters]
         self.eigenvector = eigenvector
@@ -73,13 +73,14 @@ def compile_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _start_from_a_cold_compiler() -> tempfile.TemporaryDirectory:
-    """Forgets earlier compilations, so that the time reported is that of a first run, and compiles in this
-    process, so that nothing goes on compiling after the limit. The directory must outlive the functions."""
+def _start_from_a_cold_compiler(device: torch.device) -> tempfile.TemporaryDirectory:
+    """Forgets earlier compilations, so that the time reported is that of a first run. On a CPU compiles in this
+    process, so that nothing goes on compiling beside what is timed. The directory must outlive the functions."""
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    inductor.compile_threads = 1
+    if device.type == "cpu":
+        inductor.compile_threads = 1
     inductor.force_disable_caches = True
     directory = tempfile.TemporaryDirectory(prefix="fastsam-benchmark-", ignore_cleanup_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory.name

@@ -53,7 +53,8 @@ class Cell:
     """The measurement of one parameter set, base optimizer and method.
 
     ``dtype`` is that of weights, gradients and state. ``queued=True`` times a CPU in the way of a GPU, to try it.
-    ``floor=False`` leaves out the floor, as is done for sets that stay in the caches.
+    ``floor=False`` leaves out the floor, as is done for sets that stay in the caches. With ``keep_going`` an
+    implementation that raises gets a note, and the others are measured.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Cell:
         device: str = "cpu",
         queued: bool = False,
         floor: bool = True,
+        keep_going: bool = False,
     ):
         self.shapes, self.base, self.method, self.names, self.limit = shapes, base, method, names, limit
         self.dtype, self.device = dtype, torch.device(device)
         self.queued = queued or self.device.type != "cpu"
+        self.keep_going = keep_going
         self.notes: dict[str, str] = {}
         self.compile_seconds: dict[str, float] = {}
         self.peak_mib: dict[str, float | None] = {}
@@ -136,6 +139,11 @@ class Cell:
                     last = self._last_warm_up_step(name, runner, weights)
             except (rivals.NotOffered, CompileLimit, OutOfMemory) as reason:
                 self.notes[name] = str(reason)
+                continue
+            except Exception as error:
+                if not self.keep_going:
+                    raise
+                self.notes[name] = clock.failure(error)
                 continue
             if name == "compiled":
                 self.compile_seconds[name] = sum(seconds) - last * len(seconds)

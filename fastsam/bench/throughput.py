@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from fastsam.bench import curves
+from fastsam.bench import clock, curves
 from fastsam.bench.bandwidth import CopyBandwidth
 from fastsam.bench.clock import Deadline, OutOfMemory
 from fastsam.bench.machine import machine
@@ -72,6 +72,7 @@ class Plan:
     compile_limit: float = 120.0
     quick: bool = False
     queued: bool = False  # time a CPU in the way of a GPU, to try it out
+    keep_going: bool = False  # what raises is noted, and the rest measured; else the exception ends the run
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ def run(
                 job.measure(shown, deadline)
             except OutOfMemory as reason:
                 result["left_out"].append({"what": job.title, "why": str(reason)})
+            except Exception as error:
+                if not plan.keep_going:
+                    raise
+                result["left_out"].append({"what": job.title, "why": clock.failure(error)})
             gc.collect()  # the largest would not fit twice
             copy.sample()
             result["bandwidth"] = {"gb_per_s": round(copy.gb_per_s, 2), "mib": copy.bytes >> 20}
@@ -169,7 +174,14 @@ def _training_jobs(plan: Plan, result: dict[str, Any]) -> Iterator[_Job]:
 
         def measure(show: Show, deadline: Deadline, model=model, base=base, dtype=dtype, batch=batch) -> None:
             cell = TrainingCell(
-                networks[model], base, PRECISIONS[dtype], batch, variants, plan.compile_limit, plan.device
+                networks[model],
+                base,
+                PRECISIONS[dtype],
+                batch,
+                variants,
+                plan.compile_limit,
+                plan.device,
+                plan.keep_going,
             )
             rows = cell.measure(plan.rounds, show, deadline)
             result["training"] += [{"model": model, "dtype": dtype, **row} for row in rows]
@@ -232,7 +244,10 @@ _JOBS = {
 
 def _cell(plan: Plan, shapes: ParameterSet, base: str, method: str, names: list[str], dtype: str, floor: bool = True):
     weights = PRECISIONS[dtype].weights
-    return Cell(shapes, base, method, names, plan.threads, plan.compile_limit, weights, plan.device, plan.queued, floor)
+    return Cell(
+        shapes, base, method, names, plan.threads, plan.compile_limit, weights, plan.device, plan.queued, floor,
+        plan.keep_going,
+    )  # fmt: skip
 
 
 def _shapes(plan: Plan, model: str) -> ParameterSet:

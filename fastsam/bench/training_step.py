@@ -55,10 +55,11 @@ class TrainingCell:
         variants: Iterable[Variant],
         limit: float,
         device: str = "cpu",
+        keep_going: bool = False,
     ):
         self.network, self.base, self.precision, self.batch, self.limit = network, base, precision, batch, limit
         self.variants = {f"{v.method} {v.implementation}": v for v in (Variant(PLAIN, PLAIN), *variants)}
-        self.device = torch.device(device)
+        self.device, self.keep_going = torch.device(device), keep_going
         self.notes: dict[str, str] = {}
         self.peak_mib: dict[str, float | None] = {}
 
@@ -119,6 +120,11 @@ class TrainingCell:
                         step()
             except (rivals.NotOffered, CompileLimit, OutOfMemory) as reason:
                 self.notes[name] = str(reason)
+                continue
+            except Exception as error:
+                if not self.keep_going:
+                    raise
+                self.notes[name] = clock.failure(error)
                 continue
             self.peak_mib[name] = peak.mib
             steps[name] = step

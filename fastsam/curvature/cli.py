@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +19,17 @@ from fastsam.curvature.measure import Chunks, spectral_density, top_eigenpairs, 
 from fastsam.curvature.passes import batch_size
 from fastsam.curvature.plot import draw_density
 
-#: Where training scripts put the weights in their checkpoints.
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
+#: Where training scripts put the weights in their checkpoints; fastsam.finetune has them under payload and model.
+_STATE_KEYS = ("payload", "state_dict", "model_state_dict", "model", "net", "weights")
 
 # What a checkpoint, data, or names that cannot be used lead to.
-_UNUSABLE = (
-    OSError, ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, AttributeError,
-    pickle.UnpicklingError,
-)  # fmt: skip
+_UNUSABLE = (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, ImportError, AttributeError)
 
 
 def sharpness(
-    checkpoint: Annotated[Path, typer.Argument(help="What torch.save wrote: a state dict, or a dict with one in it.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A state dict, or a dict with one in it: torch.save's or safetensors.")
+    ],
     model: Annotated[str, typer.Option(help="module:name of a function or class that builds the model.")],
     data: Annotated[
         str,
@@ -63,10 +61,13 @@ def sharpness(
     """
     sys.path.insert(0, str(Path.cwd()))
     try:
+        if probes == 1:
+            raise ValueError("--trace 1 has no standard error: give 2 probes or more")
         network = _named(model)()
         if not isinstance(network, nn.Module):
             raise ValueError(f"--model {model} made a {type(network).__name__}, not a torch.nn.Module")
         _load_weights(network, checkpoint)
+        _check_device(device)
         network.to(device).train(train_mode)
         batches = _batches(data, chunk, device)
         criterion = _named(loss) if ":" in loss else _functional(loss)
@@ -94,6 +95,7 @@ def sharpness(
         if probes:
             estimate = trace(loss_fn, network, probes=probes, generator=generator(), **settings)
             result["trace"] = {"value": estimate.value, "standard_error": estimate.standard_error, "probes": probes}
+        _print(result)  # before what may fail to be written
         if density is not None:
             draw_density(spectral_density(loss_fn, network, generator=generator(), **settings), density)
         if output is not None:
@@ -101,7 +103,6 @@ def sharpness(
     except _UNUSABLE as error:
         typer.echo(f"fastsam sharpness: {error}", err=True)
         raise typer.Exit(1) from None
-    _print(result)
 
 
 app = typer.Typer()
@@ -129,7 +130,10 @@ def _named(name: str) -> Callable:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"{name!r} must be module:name, such as my_project.models:build")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be used: {error}") from None
 
 
 def _functional(name: str) -> Callable:
@@ -140,7 +144,7 @@ def _functional(name: str) -> Callable:
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _opened(path)
     for key in _STATE_KEYS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -155,18 +159,38 @@ def _batches(data: str, chunk: int, device: str) -> list:
     if ":" in data and not Path(data).exists():
         pairs = list(_named(data)())
     else:
-        pairs = [_pair(_load_data(Path(data)), data)]
+        pairs = [_pair(_opened(Path(data)), data)]
     chunks = [part for pair in pairs for part in Chunks(tuple(pair), chunk)]
     return [tuple(x.to(device) for x in part) for part in chunks]
 
 
-def _load_data(path: Path):
-    if path.suffix == ".npz":
-        import numpy
+def _opened(path: Path) -> Any:
+    """The tensors of what torch.save wrote (plain containers only), of a .npz or of a .safetensors file."""
+    try:
+        if path.suffix == ".npz":
+            import numpy
 
-        with numpy.load(path) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return torch.load(path, map_location="cpu", weights_only=True)
+            with numpy.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, ImportError):
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds for a damaged file
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{path} is damaged, or holds more than plain tensors and containers ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _pair(content, name: str) -> tuple[Tensor, Tensor]:

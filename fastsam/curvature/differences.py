@@ -9,8 +9,9 @@ one has little curvature, the top eigenvector a hundred times more. So the first
     r = RADIUS eps^(1/2) ||w||
 
 with eps of the weights' dtype or of autocast's, whichever is coarser, and is repeated if its tau was far off; every
-product adapts r for the next one, by at most a factor SPREAD from that rule. At a minimum, where ||g|| is no measure
-of anything, this bound decides.
+product adapts r for the next one, by at most a factor SPREAD from that rule. A next direction of much more curvature
+is then moved along too far: a product whose tau is above FAR is no derivative, and repeated. At a minimum, where ||g||
+is no measure of anything, the bound decides.
 
 Where gradients jump (ReLU, max pooling) the two ways answer different questions: double backward is blind to the
 kinks, differences count each one that they cross.
@@ -39,6 +40,10 @@ from fastsam.kernels import Ascent
 RADIUS = 0.03
 #: How far the gradients' change may take r from there.
 SPREAD = 20.0
+#: The change of the gradients, as a share, beyond which they are no longer linear in the move.
+FAR = 0.4
+#: How often a product is made again with another r.
+REPEATS = 2
 
 
 class Differences:
@@ -49,8 +54,9 @@ class Differences:
     ) -> None:
         self._vectors, self._passes, self._frozen, self._fixed = vectors, passes, frozen, radius
         self._spaces = _spaces(vectors.trainable) if spaces is None else spaces
+        self._weight_dtypes = {p.dtype for p in vectors.trainable}
         self._weight_norm: float | None = None
-        self._factor, self._trials, self._products = 1.0, 0, 0
+        self._factor, self._products = 1.0, 0
 
     def product(self, v: Tensor | dict[Tensor, Tensor]) -> Tensor:
         """Hv, a new vector (n,)."""
@@ -60,6 +66,7 @@ class Differences:
             return out
         if not math.isfinite(length):
             raise FloatingPointError("the vector of a Hessian-vector product is not finite")
+        repeats = 0
         while True:
             radius = self.radius()
             with self.moved(v, radius / length):
@@ -71,13 +78,17 @@ class Differences:
             with self.moved(v, -radius / length):
                 below = self._passes.backward()
             self._add_gradients(out, -1.0)
-            # L(w + rv) - L(w - rv) = r <g+ + g-, v> + O(r^3), and g+ + g- = 2 g+ - (g+ - g-)
-            predicted = radius / length * (2 * along - self._vectors.dot(out, v))
-            rounding = 8 * max(self._precision(), 1e-4) * (abs(above) + abs(below))
-            self._passes.expect(above - below, predicted, rounding + 0.5 * max(abs(above - below), abs(predicted)))
-            if self._adapt(gradient, change=self._vectors.norm(out) / 2):
+            change = self._vectors.norm(out) / 2
+            if self._adapt(gradient, change) and repeats < REPEATS:
+                repeats += 1
                 out.zero_()
                 continue
+            # L(w + rv) - L(w - rv) = r <g+ + g-, v>, where g+ + g- = 2 g+ - (g+ - g-). If the slope along v is monotone
+            # that is out by no more than r ||g+ - g-||. The losses are rounded, and so are the weights moved to.
+            predicted = radius / length * (2 * along - self._vectors.dot(out, v))
+            rounding = 2 * max(self._precision(), 5e-4) * (abs(above) + abs(below))
+            rounding += 2 * gradient * min(radius, _coarsest(self._weight_dtypes) * self._norm_of_weights())
+            self._passes.expect(above - below, predicted, rounding + 2 * radius * change)
             self._products += 1
             return out.mul_(length / (2 * radius))
 
@@ -85,11 +96,7 @@ class Differences:
         """Length of the move, in the units of the weights."""
         if self._fixed is not None:
             return self._fixed
-        if self._weight_norm is None:
-            self._weight_norm = self._vectors.weight_norm()
-            if not math.isfinite(self._weight_norm):
-                raise FloatingPointError("the weights are not finite")
-        return RADIUS * self._precision() ** 0.5 * (self._weight_norm or 1.0) * self._factor
+        return RADIUS * self._precision() ** 0.5 * (self._norm_of_weights() or 1.0) * self._factor
 
     @contextlib.contextmanager
     def moved(self, v: Tensor | dict[Tensor, Tensor], scale: float) -> Iterator[None]:
@@ -127,20 +134,31 @@ class Differences:
         self._passes.add_gradients(out, self._vectors.part, scale)
 
     def _adapt(self, gradient: float, change: float) -> bool:
-        """Sets the radius for the next product; whether this one, the first, is worth repeating with it."""
-        if self._fixed is not None or not 0 < change < math.inf or gradient == 0:
+        """Sets the radius for the next product; whether this one is worth repeating with it."""
+        if self._fixed is not None or change == 0 or gradient == 0:
             return False
-        wish = self._precision() ** (1 / 3) * gradient / change
-        before, self._factor = self._factor, min(max(self._factor * wish, 1 / SPREAD), SPREAD)
-        self._trials += 1
-        return self._products == 0 and self._trials < 3 and not 1 / 2 < self._factor / before < 2
+        tau = change / gradient if math.isfinite(gradient) else math.inf
+        far = not tau <= FAR
+        before, wish = self._factor, self._precision() ** (1 / 3)
+        # From far away tau does not say how near is near enough.
+        self._factor = 1.0 if far and before > 2 else min(max(before * wish / tau, 1 / SPREAD), SPREAD)
+        return (far or self._products == 0) and not 1 / 2 < self._factor / before < 2
+
+    def _norm_of_weights(self) -> float:
+        if self._weight_norm is None:
+            self._weight_norm = self._vectors.weight_norm()
+            if not math.isfinite(self._weight_norm):
+                raise FloatingPointError("the weights are not finite")
+        return self._weight_norm
 
     def _precision(self) -> float:
         """eps of the coarsest dtype known to be in use: the weights' or autocast's."""
-        dtypes = {p.dtype for p in self._vectors.trainable}
-        if self._frozen.autocast_dtype is not None:
-            dtypes.add(self._frozen.autocast_dtype)
-        return max(torch.finfo(dtype).eps for dtype in dtypes)
+        autocast = self._frozen.autocast_dtype
+        return _coarsest(self._weight_dtypes if autocast is None else self._weight_dtypes | {autocast})
+
+
+def _coarsest(dtypes: set[torch.dtype]) -> float:
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
 def _follow(space: FlatSpace) -> None:

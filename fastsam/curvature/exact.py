@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsam.curvature.passes import Mean, Passes
 from fastsam.curvature.vectors import Vectors
-from fastsam.flat import flat_gradients
+from fastsam.flatten import flat_gradients
 
 
 class NoSecondDerivative(Exception):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fastsam.flat import flat_gradients
+from fastsam.flatten import flat_gradients
 
 
 class Frozen:

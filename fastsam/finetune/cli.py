@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -26,7 +27,14 @@ def finetune(context: typer.Context, **options: Any) -> None:
 def _run(settings: Settings) -> None:
     from fastsam.finetune.job import run
 
-    run(settings)
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        run(settings)
+
+
+def _say_warning(message: Warning | str, *where: Any, **_: Any) -> None:
+    """Without the line of code that Python shows, which is not the reader's."""
+    typer.echo(f"fastsam finetune: warning: {message}", err=True)
 
 
 def _or_say(act) -> Any:

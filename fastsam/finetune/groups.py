@@ -18,7 +18,7 @@ _NO_MATRIX = ("token", "position_embedding", "relative_position", "bias")
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float | None, layer_decay: float = 1.0) -> list[dict]:
     """The trainable parameters in groups of one lr and one weight decay each.
 
-    Biases, scales of norms (whatever has one dimension), tokens and position embeddings are not decayed. With
+    Biases, scales (whatever has one dimension longer than 1), tokens and position embeddings are not decayed. With
     ``weight_decay=None`` the groups say nothing of it, for optimizers that have none.
     """
     depths = layer_depths(model)
@@ -36,7 +36,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float | None, la
 
 def decays(name: str, p: Tensor) -> bool:
     """Whether weight decay is for this parameter."""
-    return p.ndim > 1 and not any(part in name for part in _NO_MATRIX)
+    # The norm of ConvNeXt V2 has the shape (1, 1, 1, C), the attention scale of Swin V2 (heads, 1, 1).
+    return p.squeeze().ndim > 1 and not any(part in name for part in _NO_MATRIX)
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:

@@ -7,6 +7,7 @@ stopped, nor on what else drew random numbers meanwhile.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -238,6 +239,9 @@ class Job:
         self.folder.log(row)
         logs.add(row)
         self.show.measured(row)
+        if not (math.isfinite(loss) or math.isfinite(test_loss or 0.0)):
+            # Such steps change nothing: the rest of the run would be as this one.
+            raise self._diverged("the losses in training and testing are")
 
     def _result(self, saved: str) -> dict[str, Any]:
         settings, progress = self.settings, self.progress
@@ -266,14 +270,17 @@ class Job:
 
     def _save(self) -> None:
         if not torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all():
-            last = "there is none" if self.folder.step is None else f"that of step {self.folder.step} is intact"
-            raise ValueError(
-                f"the weights are not finite at step {self.step}: lower --lr, or give --max-norm 1, and another "
-                f"--output. Nothing was saved over the last checkpoint: {last}"
-            )
+            raise self._diverged("the weights are")
         payload = {name: part.state_dict() for name, part in self._parts().items()}
         payload |= {"loss_sum": self.loss_sum, "progress": self.progress, "last_row": self.last_row}
         self.folder.save(self.step, payload)
+
+    def _diverged(self, what: str) -> ValueError:
+        last = "there is none" if self.folder.step is None else f"that of step {self.folder.step} is intact"
+        return ValueError(
+            f"{what} not finite at step {self.step}: lower --lr, or give --max-norm 1, and another --output. "
+            f"Nothing was saved over the last checkpoint: {last}"
+        )
 
     def _resume(self) -> None:
         payload = self.folder.load()

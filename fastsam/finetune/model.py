@@ -207,5 +207,5 @@ def _reason(name: str, error: Exception) -> str:
         return text[:300]
     return (
         "not a folder here, and not found on the hub or in its cache. Without a network, give a folder that "
-        f"save_pretrained wrote. ({text[:160]})"
+        f"save_pretrained wrote. ({text.split('. ')[0]})"
     )

@@ -116,6 +116,8 @@ class Settings:
             raise ValueError(f"--lmbda {self.lmbda} must be at least 0 and below 1")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer-decay {self.layer_decay} must be above 0, and 1 at most")
+        if self.max_norm == 0:
+            raise ValueError("--max-norm 0 would leave nothing of the gradient: it must be above 0")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate {self.accumulate} must divide --batch-size {self.batch_size}: a batch is computed in "
@@ -160,9 +162,12 @@ class Settings:
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers of ``torch.optim`` by their names in lower case, but those for closures or sparse tensors."""
+    """The optimizers of ``torch.optim`` by their names in lower case, but those that not every classifier can have.
+
+    These are for closures (LBFGS), for sparse tensors, and for matrices alone (Muon, where torch has it).
+    """
     found = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
-    unfit = (torch.optim.LBFGS, torch.optim.SparseAdam)
+    unfit = (torch.optim.LBFGS, torch.optim.SparseAdam, getattr(torch.optim, "Muon", None))
     return {
         name: cls
         for name, cls in sorted(found.items())

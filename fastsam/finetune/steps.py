@@ -25,11 +25,19 @@ Closure = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_optimizer(settings, groups: list[dict], base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    """The method of ``settings`` around the base optimizer, or the base optimizer alone for ``method="none"``."""
+    """The method of ``settings`` around the base optimizer, or the base optimizer alone for ``method="none"``.
+
+    Raises ``ValueError`` for arguments that the base optimizer does not take.
+    """
     arguments = settings.optimizer_arguments()
+    try:
+        plain = base([dict(group) for group in groups], **arguments)  # it writes its defaults into them
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        raise ValueError(f"torch.optim.{base.__name__} does not take {given}: {error}") from None
     rho = settings.rho
     if settings.method == "none":
-        return base(groups, **arguments)
+        return plain
     if settings.method == "fsam":
         return FriendlySAM(groups, base, rho=rho, sigma=settings.sigma, lmbda=settings.lmbda, **arguments)
     if settings.method == "eigen-sam":

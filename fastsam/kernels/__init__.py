@@ -85,15 +85,16 @@ def check(name: str) -> None:
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend for tensors of one device and dtype; ``auto`` is the fastest that serves them.
 
-    Raises ``RuntimeError`` if the named backend does not serve that device, ``TypeError`` for the dtype.
+    Raises ``RuntimeError`` if the named backend, or under ``auto`` every one, does not serve that device and dtype.
     """
-    if name == "auto":
-        return next(m for m in map(_module, NAMES) if not m.unavailable() and not m.refuses(device, dtype))
-    module = _module(name)
-    reason = module.refuses(device, dtype)
-    if reason:
-        raise RuntimeError(f"backend={name!r} cannot serve {dtype} parameters on {device}: {reason}")
-    return module
+    reasons = {}
+    for candidate in NAMES if name == "auto" else (name,):
+        module = _module(candidate)
+        reasons[candidate] = module.unavailable() or module.refuses(device, dtype)
+        if reasons[candidate] is None:
+            return module
+    because = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise RuntimeError(f"backend={name!r} cannot serve {dtype} parameters on {device}: {because}")
 
 
 def _module(name: str) -> ModuleType:

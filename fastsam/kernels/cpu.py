@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsam.flat import FlatSpace
 from fastsam.kernels import Ascent, Descent
-from fastsam.kernels.torch import carried, clip_coefficient
+from fastsam.kernels.torch import all_finite, carried, clip_coefficient
 
 try:
     from fastsam import _cpu
@@ -70,7 +70,7 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
     values = sums.tolist()
-    finite = all(map(math.isfinite, values))
+    finite = all_finite(values)
     groups = []
     for g in ascent.groups:
         c_d, c_v = ascent.coefficients(*values, g) if finite else (0.0, 0.0)
@@ -90,7 +90,7 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
 
 
 def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    if not all(map(math.isfinite, sums.tolist())):
+    if not all_finite(sums.tolist()):
         return restore(space)
     _cpu.descend_sgd(
         _table(space, descent.started, _STATE_STARTED),
@@ -106,7 +106,7 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
 
 
 def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-    if not all(map(math.isfinite, sums.tolist())):
+    if not all_finite(sums.tolist()):
         return restore(space)
     steps = descent.state["step"]
     steps += torch.tensor([g is not None for g in space.gradients]) if 0 in space.gradient_addresses else 1

@@ -6,6 +6,9 @@ float64 is computed in float64. Sums are formed in float64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,7 @@ def unavailable() -> str | None:
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+    return "sums are formed in float64, which MPS does not have: train on the CPU" if device.type == "mps" else None
 
 
 def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
@@ -45,7 +48,8 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
     """backup <- w;  w <- w + D (c_d d + c_v v), D = w^2 if adaptive else 1;  m_next <- lmbda m + (1 - lmbda) g."""
-    finite = all_finite(sums)
+    values = sums.tolist()  # the host waits once, not for every parameter
+    finite = all_finite(values)
     for i in _with_gradient(space):
         p, group = space.params[i], ascent.groups[space.groups[i]]
         _part(space, space.buffer("backup").flat, i).copy_(p)
@@ -53,7 +57,7 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
         if not finite:
             continue
         w, g = _weight(space, i), _gradient(space, i) * ascent.grad_scale
-        c_d, c_v = ascent.coefficients(*sums.tolist(), group)
+        c_d, c_v = ascent.coefficients(*values, group)
         e = direction(space, ascent, i) * c_d
         if ascent.vector is not None:
             e = e + _wide(_part(space, ascent.vector, i)) * c_v
@@ -71,11 +75,12 @@ def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
 def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     """w <- backup, then ``torch.optim.SGD``'s update with momentum, dampening, nesterov, weight decay, maximize."""
     restore(space)
-    if not all_finite(sums):
+    values = sums.tolist()
+    if not all_finite(values):
         return
     for i in _with_gradient(space):
         group = descent.groups[space.groups[i]]
-        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, sums)
+        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, values[0])
         if group["maximize"]:
             g = -g
         if group["weight_decay"] != 0:
@@ -94,12 +99,13 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
 def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     """w <- backup, then ``torch.optim.Adam``'s update, or ``AdamW``'s where the decay is decoupled."""
     restore(space)
-    if not all_finite(sums):
+    values = sums.tolist()
+    if not all_finite(values):
         return
     for i in _with_gradient(space):
         group = descent.groups[space.groups[i]]
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
-        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, sums)
+        w, g = _weight(space, i), clipped(_gradient(space, i) * descent.grad_scale, descent, values[0])
         step = descent.state["step"][i]
         step += 1
         if group["maximize"]:
@@ -135,10 +141,10 @@ def direction(space: FlatSpace, ascent: Ascent, i: int) -> Tensor:
     return g - _wide(_part(space, ascent.ema, i)) * ascent.groups[space.groups[i]]["sigma"]
 
 
-def clipped(g: Tensor, descent: Descent, sums: Tensor) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_`` (global norm from the sums) or ``clip_grad_value_``, or g as it is."""
+def clipped(g: Tensor, descent: Descent, squared_norm: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` (``squared_norm`` is global) or ``clip_grad_value_``, or g as it is."""
     if descent.max_norm is not None:
-        return g * clip_coefficient(descent.max_norm, sums[0].item())
+        return g * clip_coefficient(descent.max_norm, squared_norm)
     return g if descent.clip_value is None else g.clamp(-descent.clip_value, descent.clip_value)
 
 
@@ -152,8 +158,8 @@ def carried(sums: Tensor, met: Tensor | None) -> Tensor:
     return sums if met is None else torch.add(sums, met.to(sums.device), alpha=0)
 
 
-def all_finite(sums: Tensor) -> bool:
-    return bool(sums.isfinite().all())
+def all_finite(sums: Sequence[float]) -> bool:
+    return all(map(math.isfinite, sums))
 
 
 def _with_gradient(space: FlatSpace) -> list[int]:

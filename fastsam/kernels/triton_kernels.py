@@ -83,12 +83,16 @@ def gram_kernel(
         dv += tail_dv
         vv += tail_vv
 
+    SUMS: tl.constexpr = 1 if vector is None else 3  # the others are 0: the last program's work is behind all others'
     tl.store(partials + i, dd)
-    tl.store(partials + n + i, dv)
-    tl.store(partials + 2 * n + i, vv)
+    if SUMS == 3:
+        tl.store(partials + n + i, dv)
+        tl.store(partials + 2 * n + i, vv)
     if _is_last(counter, n):
         for k in tl.static_range(3):
-            total = _total(partials + k * n, n)
+            total = tl.zeros((), tl.float64)
+            if k < SUMS:
+                total = _total(partials + k * n, n)
             if met is not None:
                 total += 0 * tl.load(met + k)
             tl.store(sums + k, total)
@@ -117,7 +121,10 @@ def _gram_range(
         if WEIGHTED:
             d = tl.where(adaptive, d * load(w, at, end, W, FULL).to(WIDE), d)
         dd += d * d
-    return tl.sum(dd.to(tl.float64)), tl.sum(dv.to(tl.float64)), tl.sum(vv.to(tl.float64))
+    if VECTOR:
+        return tl.sum(dd.to(tl.float64)), tl.sum(dv.to(tl.float64)), tl.sum(vv.to(tl.float64))
+    else:
+        return tl.sum(dd.to(tl.float64)), tl.zeros((), tl.float64), tl.zeros((), tl.float64)
 
 
 @triton.jit

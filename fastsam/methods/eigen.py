@@ -8,9 +8,10 @@ does. Eigen-SAM adds v's part orthogonal to the gradient:
 
 which is the combination c_d g + c_v v with c_d = rho (1/||g|| - alpha s <g,v>/||g||^2) and c_v = rho alpha s,
 s = sign<g,v>. It is not normalised again. With ``adaptive`` the finished direction is multiplied by w^2 and norms
-stay plain. v comes from power steps of Hessian-vector products every ``freq`` steps; before the first estimate
-the step is SAM's. All this as in the authors' code; source: Luo, Zhou, Cheng, Song, "Explicit Eigenvalue
-Regularization Improves Sharpness-Aware Minimization", NeurIPS 2024.
+stay plain. v comes from power steps of Hessian-vector products every ``freq`` steps. All this as in the authors' code.
+Before the first estimate the step is SAM's; their training script climbs by rho g then, as it leaves out the norm.
+Source: Luo, Zhou, Cheng, Song, "Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization",
+NeurIPS 2024.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam.checks import at_least
+from fastsam.checks import at_least, flag
 from fastsam.curvature.products import METHODS, Hessian
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
 from fastsam.distributed import local, placed_like, processes
@@ -111,8 +112,7 @@ class EigenSAM(SharpnessAware):
         estimate: Estimate | None = None,
         **base_kwargs,
     ):
-        if not isinstance(freq, int) or freq < 1:
-            raise ValueError(f"freq={freq!r} must be a whole number of steps, at least 1")
+        _check_freq(freq)
         if not isinstance(estimate, (Estimate, type(None))):
             raise TypeError(f"estimate={estimate!r} must be a fastsam.methods.eigen.Estimate, or None")
         self.estimate = estimate or Estimate()
@@ -132,6 +132,7 @@ class EigenSAM(SharpnessAware):
     def check_group(self, group):
         at_least(0, "rho", group["rho"])
         at_least(0, "alpha", group["alpha"])
+        flag("adaptive", group["adaptive"])
 
     def state_dict(self):
         """:meth:`SAM.state_dict`; before the first estimate v is zero there, as every checkpoint has the same keys.
@@ -158,6 +159,7 @@ class EigenSAM(SharpnessAware):
         to do as they do.
         """
         group = self.param_groups[0]
+        _check_freq(group["freq"])
         step = group["steps"] if step is None else step
         return step > 0 and step % group["freq"] == 0
 
@@ -312,3 +314,8 @@ class EigenSAM(SharpnessAware):
 
     def _params(self) -> list[tuple[torch.Tensor, bool]]:
         return [(p, group["perturb"]) for group in self.param_groups for p in group["params"]]
+
+
+def _check_freq(freq) -> None:
+    if not isinstance(freq, int) or freq < 1:
+        raise ValueError(f"freq={freq!r} must be a whole number of steps, at least 1")

@@ -14,7 +14,7 @@ Generalization", ICLR 2021; Kwon et al., "ASAM", ICML 2021.
 
 from __future__ import annotations
 
-from fastsam.checks import at_least
+from fastsam.checks import at_least, flag
 from fastsam.optimizer import NORM_EPSILON, SharpnessAware
 
 
@@ -51,3 +51,4 @@ class SAM(SharpnessAware):
 
     def check_group(self, group):
         at_least(0, "rho", group["rho"])
+        flag("adaptive", group["adaptive"])

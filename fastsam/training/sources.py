@@ -77,7 +77,8 @@ def from_hub(name: str) -> dict[str, datasets.Dataset]:
         raise DataError(
             f"{name}: {repository} is not in the cache of the datasets library and could not be downloaded "
             f"({str(error).strip().splitlines()[0]}). Without a network, copy the parquet files of "
-            f"huggingface.co/datasets/{repository} to a folder {name.split('/')[-1]} and give its parent as data_dir"
+            f"huggingface.co/datasets/{repository} to a folder {name.split('/')[-1]} and give its parent as data_dir "
+            "(--data-dir)"
         ) from None
     return dict(found)
 

@@ -194,6 +194,28 @@ def test_a_closure_that_waits_is_refused_and_training_goes_on(backend):
     assert_equal(captured, eager)
 
 
+def test_a_capture_that_breaks_leaves_torch_as_it_was(backend):
+    """The current stream, the allocator, dropout outside of captures, the next capture."""
+    captured, eager = Training(backend), Training(backend)
+    whole, stream = captured.closure, torch.cuda.current_stream()
+
+    def closure(x, y):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # which a capture does not survive
+        return whole(x, y)
+
+    captured.closure = closure
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        captured.capture()
+    assert torch.cuda.current_stream() == stream
+    captured.closure = whole
+    captured.train(range(2))
+    captured.capture()
+    captured.train(range(2, 4))
+    eager.train(range(4))
+    assert_equal(captured, eager)
+
+
 def test_batches_come_from_pinned_memory(backend):
     losses = []
     for pinned in (True, False):

@@ -5,7 +5,7 @@ namespace fastsam {
 namespace {
 
 template <class W, class G>
-struct AdamPass {
+struct DescendAdam {
   using S = Scalar<W>;
   using Args = AdamArgs;
   // Halves have eight elements of four vectors in registers: enough under way with fewer threads.
@@ -20,19 +20,7 @@ struct AdamPass {
   static FASTSAM_INLINE Shared prepare(const AdamArgs& a, const Piece& p) {
     const AdamGroup& h = a.groups[p.group];
     const double t = double(a.steps[p.param]) + 1;
-    Shared shared;
-    shared.reading = reading<S>(a);
-    Adam<S>& rule = shared.rule;
-    rule.one_minus_beta1 = S(1 - h.beta1);
-    rule.beta2 = S(h.beta2);
-    rule.one_minus_beta2 = S(1 - h.beta2);
-    rule.eps = S(h.eps);
-    rule.decay_factor = S(h.decoupled_weight_decay != 0 ? 1 - h.lr * h.weight_decay : 1);
-    rule.weight_decay = S(h.decoupled_weight_decay != 0 ? 0 : h.weight_decay);
-    rule.step_size = S(h.lr / (1 - exp2(t * h.log2_beta1)));
-    rule.sqrt_correction2 = S(sqrt(1 - exp2(t * h.log2_beta2)));
-    rule.maximize = h.maximize != 0;
-    return shared;
+    return {reading<S>(a), adam_constants<S>(h, exp2(t * h.log2_beta1), exp2(t * h.log2_beta2))};
   }
 
   static FASTSAM_INLINE void run(const AdamArgs& a, const Piece& p, const Shared& h, int thread) {
@@ -66,7 +54,7 @@ struct AdamPass {
 }  // namespace
 
 void descend_adam(const AdamArgs& args, Types types, Place place) {
-  with_types(types, [&](auto w, auto g) { run_pass<AdamPass<decltype(w), decltype(g)>, decltype(w)>(args, place); });
+  with_types(types, [&](auto w, auto g) { run_pass<DescendAdam<decltype(w), decltype(g)>, decltype(w)>(args, place); });
 }
 
 }  // namespace fastsam

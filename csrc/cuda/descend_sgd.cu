@@ -5,7 +5,7 @@ namespace fastsam {
 namespace {
 
 template <class W, class G>
-struct SgdPass {
+struct DescendSgd {
   using S = Scalar<W>;
   using Args = SgdArgs;
   static constexpr int kBlocks = kResidentBlocks<W, G>;
@@ -49,7 +49,7 @@ struct SgdPass {
 }  // namespace
 
 void descend_sgd(const SgdArgs& args, Types types, Place place) {
-  with_types(types, [&](auto w, auto g) { run_pass<SgdPass<decltype(w), decltype(g)>, decltype(w)>(args, place); });
+  with_types(types, [&](auto w, auto g) { run_pass<DescendSgd<decltype(w), decltype(g)>, decltype(w)>(args, place); });
 }
 
 }  // namespace fastsam

@@ -1,0 +1,84 @@
+"""Parameters and gradients in one contiguous buffer each, for who wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastsam.checks import describe
+from fastsam.distributed import is_dtensor
+from fastsam.flat import check_dense
+
+
+def flatten_parameters(model: torch.nn.Module) -> None:
+    """Moves a model's parameters into one contiguous buffer for each device and dtype, gradients into another.
+
+    The tensors keep their identity, shapes, strides and values; only their memory is new. Optimizers built from
+    the model, before or after, then walk one row instead of one for each parameter. Gradients become views of
+    their own buffer, which ``zero_grad`` of a fastsam optimizer zeroes in place. Parameters whose size is no
+    multiple of 16 bytes go last, so that the others stay aligned. Parameters whose memory has gaps raise
+    ``ValueError``; frozen ones are left where they are.
+    """
+    spaces: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in model.parameters():
+        if is_dtensor(p):
+            raise TypeError(f"{describe(p)} is a DTensor: its shards stay where they are, leave flatten_parameters out")
+        if p.requires_grad:
+            check_dense(p)
+            spaces.setdefault((p.device, p.dtype), []).append(p)
+    had_gradients = any(p.grad is not None for params in spaces.values() for p in params)
+    for (device, dtype), params in spaces.items():
+        params.sort(key=lambda p: p.numel() * p.element_size() % 16 != 0)
+        total = sum(p.numel() for p in params)
+        weights = torch.empty(total, dtype=dtype, device=device)
+        gradients = torch.zeros(total, dtype=dtype, device=device)
+        offset = 0
+        for p in params:
+            weight, gradient = (
+                flat[offset : offset + p.numel()].as_strided(p.shape, p.stride()) for flat in (weights, gradients)
+            )
+            weight.copy_(p.detach())
+            if p.grad is not None:
+                gradient.copy_(p.grad)
+            p.data = weight
+            p.grad = gradient
+            flat_gradients[p] = (gradients, gradient)
+            offset += p.numel()
+        if not had_gradients:
+            _zeroed[gradients] = gradients._version
+
+
+flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
+_zeroed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whole buffer -> torch's count of writes to it when it was zeroed
+
+
+def is_cleared(p: Tensor) -> bool:
+    """Whether p has no gradient, or a flattened one that nobody wrote to since it was zeroed; no value is looked at."""
+    if p.grad is None:
+        return True
+    home = flat_gradients.get(p) if flat_gradients else None
+    return home is not None and p.grad is home[1] and _zeroed.get(home[0]) == home[0]._version
+
+
+def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
+    """``zero_grad``, except that gradients flattened by :func:`flatten_parameters` stay where they are."""
+    buffers = {}
+    for p in params:
+        home = flat_gradients.get(p) if flat_gradients else None
+        if home is not None and home[1].dtype == p.dtype and home[1].device == p.device:
+            whole, view = home
+            buffers[id(whole)] = whole
+            if p.grad is not view:
+                p.grad = view
+        elif p.grad is not None:
+            if set_to_none:
+                p.grad = None
+            else:
+                p.grad.detach_()
+                p.grad.zero_()
+    for whole in buffers.values():
+        whole.zero_()
+        _zeroed[whole] = whole._version
