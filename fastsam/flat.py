@@ -113,6 +113,11 @@ class FlatSpace:
             return [True] * len(values)
         for i, value in enumerate(values):
             if value is not None and value is not buffer.views[i]:
+                if value.shape != buffer.views[i].shape:
+                    raise ValueError(
+                        f"{name!r} in the state of {describe(self.owners[i])} has shape {tuple(value.shape)}: the "
+                        "parameter was given another shape since, clear its state"
+                    )
                 buffer.views[i].copy_(distributed_like(buffer.views[i], value))
                 self.states[i][name] = buffer.views[i]
             elif value is None and buffer.used[i]:
@@ -192,6 +197,8 @@ def _layout(p: Tensor) -> tuple:
 
 def check_dense(p: Tensor) -> None:
     """Non-overlapping and dense: some order of the dimensions makes it contiguous."""
+    if p.is_meta:
+        raise ValueError(f"{describe(p)} is on the meta device and has no memory: build the optimizer after to_empty()")
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(p.stride(), p.shape, strict=True) if n != 1):
         if p.numel() and stride != expected:

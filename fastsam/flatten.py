@@ -45,13 +45,13 @@ def flatten_parameters(model: torch.nn.Module) -> None:
                 gradient.copy_(p.grad)
             p.data = weight
             p.grad = gradient
-            flat_gradients[p] = (gradients, gradient)
+            flat_gradients[p] = (gradients, gradient, gradient.data_ptr())
             offset += p.numel()
         if not had_gradients:
             _zeroed[gradients] = gradients._version
 
 
-flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view)
+flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view, where that lay)
 _zeroed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whole buffer -> torch's count of writes to it when it was zeroed
 
 
@@ -59,17 +59,16 @@ def is_cleared(p: Tensor) -> bool:
     """Whether p has no gradient, or a flattened one that nobody wrote to since it was zeroed; no value is looked at."""
     if p.grad is None:
         return True
-    home = flat_gradients.get(p) if flat_gradients else None
-    return home is not None and p.grad is home[1] and _zeroed.get(home[0]) == home[0]._version
+    whole, view = _home(p)
+    return view is not None and p.grad is view and _zeroed.get(whole) == whole._version
 
 
 def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
     """``zero_grad``, except that gradients flattened by :func:`flatten_parameters` stay where they are."""
     buffers = {}
     for p in params:
-        home = flat_gradients.get(p) if flat_gradients else None
-        if home is not None and home[1].dtype == p.dtype and home[1].device == p.device:
-            whole, view = home
+        whole, view = _home(p)
+        if view is not None:
             buffers[id(whole)] = whole
             if p.grad is not view:
                 p.grad = view
@@ -82,3 +81,13 @@ def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
     for whole in buffers.values():
         whole.zero_()
         _zeroed[whole] = whole._version
+
+
+def _home(p: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The buffer that p's gradient was flattened into, and its view; none if p is frozen, or either was moved since.
+
+    ``model.to(...)`` gives the view itself other memory, or p another dtype or device.
+    """
+    whole, view, address = (flat_gradients.get(p) if flat_gradients else None) or (None, None, 0)
+    stayed = view is not None and view.data_ptr() == address and (view.dtype, view.device) == (p.dtype, p.device)
+    return (whole, view) if stayed and p.requires_grad else (None, None)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.autograd.graph import increment_version
 
 from fastsam.amp import record_step, unscaling_factor
 from fastsam.checks import at_least
@@ -66,6 +67,7 @@ class Passes(torch.optim.Optimizer):
             self._sums = sums
             for space, ascent in zip(climbing, ascents, strict=True):
                 space.kernels.climb(space, ascent, sums.to(space.device))
+                increment_version(space.owners)  # backward through a graph from before the step is an error
         self._spaces.release_gradients()
 
     @torch.no_grad()
@@ -190,7 +192,7 @@ class Passes(torch.optim.Optimizer):
         """
         names = [name for name, own in (("momentum", self.uses_ema), ("eigenvector", True)) if own]
         hidden = []
-        for p, state in self.state.items():
+        for p, state in self._entries():
             for name in names:
                 if name in state:
                     hidden.append((p, name, state.pop(name)))
@@ -199,12 +201,16 @@ class Passes(torch.optim.Optimizer):
         try:
             yield
         finally:
-            for state in self.state.values():
+            for _, state in self._entries():
                 for name in names:
                     if name in state:
                         state[f"base_{name}"] = state.pop(name)
             for p, name, value in hidden:
                 self.state[p][name] = value
+
+    def _entries(self) -> list[tuple[Tensor, dict]]:
+        """Each parameter's state; what base optimizers keep beside it under a name is none of ours."""
+        return [(p, entry) for p, entry in self.state.items() if isinstance(p, Tensor)]
 
     def _averaged(self, space: FlatSpace) -> list[bool]:
         """Which parameters F-SAM's average has met."""

@@ -59,7 +59,8 @@ class Spaces:
 
         The mark is a NaN, which no state can hold otherwise. Waits for the device.
         """
-        entries = [(entry, n) for entry in state.values() for n in ("momentum", "momentum_buffer") if n in entry]
+        entries = [entry for p, entry in state.items() if isinstance(p, Tensor)]  # others are a base optimizer's own
+        entries = [(entry, n) for entry in entries for n in ("momentum", "momentum_buffer") if n in entry]
         entries = [(entry, n) for entry, n in entries if entry[n] is not None and local(entry[n]).numel()]
         for entry, name in entries:
             if bool(local(entry[name]).flatten()[0].isnan()):

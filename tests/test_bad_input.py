@@ -378,3 +378,32 @@ def test_a_loss_function_without_a_usable_loss(backend, loss_fn, says):
     with pytest.raises((*ERRORS, ArithmeticError), match=says):
         optimizer.update_eigenvector(lambda: loss_fn(params), model)
     assert bits(optimizer.eigenvector) == before and model.training
+
+
+# ---- weights and state that do not fit -------------------------------------------------------------
+
+
+def test_parameters_without_memory_are_refused(backend):
+    layer = torch.nn.Linear(3, 2, device="meta")
+    optimizer = fastsam.SAM(layer.parameters(), torch.optim.SGD, lr=0.1, backend=backend)
+    layer(torch.ones(1, 3, device="meta")).sum().backward()
+    with pytest.raises(ValueError, match=r"meta device.*to_empty"):
+        optimizer.first_step()
+
+
+@pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=0.5 lmbda=0.9"])
+def test_the_state_of_a_weight_that_was_given_another_shape_is_refused(backend, method):
+    param = a_param((1, 3))
+    optimizer = build_optimizer(method, "SGD momentum", [param], backend)
+
+    def closure():
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    param.data = noise((5, 3), 1, torch.float64)
+    start = bits([param])
+    with pytest.raises(ValueError, match=r"momentum.*\(5, 3\).*\(1, 3\)"):
+        optimizer.step(closure)
+    assert bits([param]) == start

@@ -193,6 +193,17 @@ def test_restore_is_exact(on_host):
     assert bits(params) == before
 
 
+@pytest.mark.parametrize("tensors", [dense, off_alignment])
+def test_torchs_default_device_is_not_asked(on_host, tensors):
+    expected = run("cuda", "F-SAM sigma=0.5 lmbda=0.9", "AdamW", torch.float32, tensors)[1]
+    params = [torch.nn.Parameter(t) for t in tensors(torch.float32)]
+    optimizer = build_optimizer("F-SAM sigma=0.5 lmbda=0.9", "AdamW", params, "cuda")
+    passes = [random_gradients(params, 1000 * k) for k in range(6)]
+    with torch.device("meta"):  # in place of a GPU
+        actual = scripted_steps(optimizer, params, passes)
+    assert_same_rounding(actual, expected, torch.float32)
+
+
 def test_what_is_measured_after_a_step_does_not_change_its_decision(on_host):
     """A curvature estimate runs the same kernels; neither ``found_inf`` nor a micro-batch's overflow is lost to it."""
     model = Net()

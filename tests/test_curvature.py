@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib
+import math
 import os
 import random
 import subprocess
@@ -188,6 +189,25 @@ def test_a_move_that_was_too_far_for_its_direction_is_made_again(dtype):
         found = curvature.top_eigenpairs(half, model, **options)
     assert float(found.eigenvalues[0]) == pytest.approx(float(top.eigenvalues[0]), rel=0.1)
     assert curvature.alignment(found.vectors[0], top.vectors[0]) > 0.95
+
+
+@pytest.mark.parametrize("beyond", [math.inf, math.nan])
+def test_a_move_to_where_gradients_overflow_is_made_again(beyond):
+    """As under a GradScaler: the gradients are finite at the weights, and not where the loss is large."""
+    w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    first = True
+
+    def closure():
+        nonlocal first
+        w.grad = 2 * w.detach()
+        if first:
+            w.grad += beyond
+        first = False
+        return w.detach().square().sum()
+
+    with Hessian(closure, [w], closure=True, method="finite-difference") as hessian:
+        h = hessian.product(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(h, torch.tensor([2.0, 0.0], dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

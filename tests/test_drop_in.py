@@ -8,7 +8,7 @@ from reference import build_optimizer, build_reference, mlp
 from reference.scripted import bits, copies, make_scripted, noise, random_gradients, scripted_steps, set_gradients
 from torch.optim import lr_scheduler
 
-from fastsam import FriendlySAM
+from fastsam import SAM, FriendlySAM
 
 SOME_METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"]
 SOME_BASES = ["SGD momentum", "AdamW", "RMSprop"]
@@ -82,6 +82,24 @@ def test_a_base_optimizer_may_call_its_state_as_the_method_does(backend):
     torch.testing.assert_close(perturbed.weights(), plain.weights(), rtol=1e-13, atol=1e-13)
     p = perturbed.params()[0]
     assert not torch.equal(optimizer.state[p]["momentum"], optimizer.state[p]["base_momentum"])
+
+
+class Decaying(torch.optim.SGD):
+    """An optimizer that counts its steps beside the parameters' state."""
+
+    def step(self, closure=None):
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=0.5 lmbda=0.9"])
+def test_a_base_optimizer_may_keep_state_beside_the_parameters(backend, method):
+    problem = mlp()
+    optimizer = {"SAM": SAM}.get(method, FriendlySAM)(problem.params(), Decaying, lr=0.05, backend=backend)
+    for k in range(1, 4):
+        optimizer.step(problem.closure)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.state["steps"] == k
 
 
 @pytest.mark.parametrize("base", SOME_BASES)
@@ -169,3 +187,29 @@ def test_two_optimizers_side_by_side_do_not_disturb_each_other(backend):
                 set_gradients(one_params, copies(gradients))
                 getattr(one, name)()
     assert bits(alone[0][0]) == bits(alone[1][0]) == expected
+
+
+@pytest.mark.parametrize("passes", [1, 2], ids=["within a step", "after it"])
+def test_backward_through_a_graph_from_before_a_pass_is_torchs_error(backend, passes):
+    problem = mlp()
+    optimizer = build_optimizer("SAM", "SGD momentum", problem.params(), backend)
+    loss = problem.loss()
+    for step in (optimizer.first_step, optimizer.second_step)[:passes]:
+        problem.closure()
+        step(zero_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["SAM", "Eigen-SAM own v"])
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW"])
+def test_torchs_default_device_is_not_asked(backend, method, base):
+    problem, expected = mlp(), mlp()
+    for each in (problem, expected):
+        optimizer = build_optimizer(method, base, each.params(), backend, **({} if method == "SAM" else {"freq": 2}))
+        torch.manual_seed(0)
+        with torch.device("meta" if each is problem else "cpu"):  # a GPU would be found where it is not looked for
+            for _ in range(3):
+                optimizer.step(each.closure)
+        assert optimizer.found_inf.device.type == "cpu"
+    assert torch.equal(problem.weights(), expected.weights())

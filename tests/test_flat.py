@@ -54,3 +54,38 @@ def test_a_cleared_state_starts_again(backend, base, method, steps):
     _steps(fresh, of_fresh, 2)
     for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["with gradients", "without"])
+def test_gradients_of_a_flattened_model_that_was_cast_are_cleared(backend, moved):
+    expected, flat = _model().double(), _model()
+    flatten_parameters(flat)
+    if moved:
+        flat.zero_grad()
+    flat.double()
+    for model in (expected, flat):
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.01, backend=backend)
+        for _ in range(3):
+            optimizer.step(lambda model=model: _loss(model))
+    for p, q in zip(expected.parameters(), flat.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_flattened_parameter_that_is_frozen_stays(backend):
+    model = _model()
+    flatten_parameters(model)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.1, backend=backend)
+    optimizer.step(lambda: _loss(model))
+    before = model[0].weight.requires_grad_(False).clone()
+    for _ in range(2):
+        optimizer.step(lambda: _loss(model))
+    assert torch.equal(model[0].weight, before)
+    model[0].weight.requires_grad_(True)
+    optimizer.step(lambda: _loss(model))
+    assert not torch.equal(model[0].weight, before)
+
+
+def _loss(model):
+    loss = model(torch.ones(5, 4, dtype=model[0].weight.dtype)).square().mean()
+    loss.backward()
+    return loss

@@ -200,9 +200,14 @@ def test_a_guarded_models_state_dict_between_the_passes_is_refused(tmp_path):
     model.state_dict()
 
 
-def test_an_eigenvector_that_is_due_with_the_model_given():
-    model = a_model()
-    optimizer = fastsam.EigenSAM(model.parameters(), torch.optim.SGD, lr=0.1, freq=1)
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_eigenvector_that_is_due_with_the_model_given(norm):
+    model, once = a_model(norm), a_model(norm)
+    optimizer = fastsam.EigenSAM(model.parameters(), torch.optim.SGD, lr=0.0, freq=1)
     for _ in range(3):
+        torch.manual_seed(2)
         optimizer.step(closure_of(model), model=model)
-    assert optimizer.eigenvector is not None and model[1].num_batches_tracked == 3
+        torch.manual_seed(2)
+        closure_of(once)()
+    assert optimizer.eigenvector is not None
+    assert_equal(buffers(model), buffers(once))

@@ -137,8 +137,8 @@ class Differences:
         """Sets the radius for the next product; whether this one is worth repeating with it."""
         if self._fixed is not None or change == 0 or gradient == 0:
             return False
-        tau = change / gradient if math.isfinite(gradient) else math.inf
-        far = not tau <= FAR
+        tau = change / gradient if math.isfinite(change) and math.isfinite(gradient) else math.inf
+        far = tau > FAR
         before, wish = self._factor, self._precision() ** (1 / 3)
         # From far away tau does not say how near is near enough.
         self._factor = 1.0 if far and before > 2 else min(max(before * wish / tau, 1 / SPREAD), SPREAD)

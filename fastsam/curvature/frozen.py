@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastsam.flatten import flat_gradients
+from fastsam.model_state import is_expanded
 
 
 class Frozen:
@@ -36,7 +37,7 @@ class Frozen:
     def __enter__(self) -> Frozen:
         self._gradients: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self._modules: dict[int, tuple[nn.Module, bool]] = {}
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
         self._hook = None
         self._devices = {p.device for p in self._params}
         self._generators = Generators(self._devices)
@@ -66,7 +67,8 @@ class Frozen:
         self.unwatch()
         self._generators.restore()
         for module, name, buffer, value in self._buffers:
-            buffer.copy_(value)
+            if value is not None:
+                buffer.copy_(value)
             module._buffers[name] = buffer
         for module, training in self._modules.values():
             module.training = training
@@ -89,7 +91,7 @@ class Frozen:
             self._modules[id(module)] = (module, module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    self._buffers.append((module, name, buffer, buffer.clone()))
+                    self._buffers.append((module, name, buffer, None if is_expanded(buffer) else buffer.clone()))
             for p in module._parameters.values():
                 if p is not None:
                     self._set_aside(p)

@@ -150,7 +150,7 @@ class Krylov:
         self.size = 0
         self.products = 0
         self.beta = 0.0
-        self._t = torch.zeros(rows, rows, dtype=torch.float64)
+        self._t = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
         length = inner.norm(start)
         if not (0 < length < math.inf):
             raise ValueError("the start vector of Lanczos must be finite and not zero")
@@ -229,7 +229,7 @@ def _relative(error: float, eigenvalue: float) -> float:
 
 
 def _column(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _check(start: Tensor, products: int, tolerance: float | None, inner: Inner) -> None:

@@ -65,7 +65,7 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
         float(ascent.grad_scale),
         torch.get_num_threads(),
     )
-    return carried(torch.tensor(sums, dtype=torch.float64), ascent.met)
+    return carried(torch.tensor(sums, dtype=torch.float64, device="cpu"), ascent.met)
 
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
@@ -109,7 +109,8 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     if not all_finite(sums.tolist()):
         return restore(space)
     steps = descent.state["step"]
-    steps += torch.tensor([g is not None for g in space.gradients]) if 0 in space.gradient_addresses else 1
+    with_gradient = [g is not None for g in space.gradients]
+    steps += torch.tensor(with_gradient, device="cpu") if 0 in space.gradient_addresses else 1
     _cpu.descend_adam(
         _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),

@@ -125,7 +125,8 @@ class DeviceTable:
         if numbers != last:
             if self.recording is not None:
                 raise RuntimeError("a hyper-parameter changed within the captured step: change it between steps")
-            self.upload(torch.tensor([[x or 0.0 for x in line] for line in numbers], dtype=torch.float64), table)
+            values = [[x or 0.0 for x in line] for line in numbers]
+            self.upload(torch.tensor(values, dtype=torch.float64, device="cpu"), table)
             self._hyper[key] = (numbers, table)
         if self.recording is not None:
             self.recording.kept.append(table)
@@ -263,28 +264,28 @@ def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> Tens
 def _merged(rows: Tensor, space: FlatSpace) -> Tensor:
     """Rows that continue the one before them, in memory and in all else, become part of it."""
     weight, gradient, offset, size, group, param, climbed, kind = rows.unbind(1)
-    gradient_bytes = size * torch.tensor([t.itemsize for t in DTYPES])[kind]
+    gradient_bytes = size * torch.tensor([t.itemsize for t in DTYPES], device="cpu")[kind]
 
     def grows(column: Tensor, by) -> Tensor:
         return column[1:] == (column + by)[:-1]
 
-    continues = grows(param, 1) & torch.tensor(space.joined)[param[1:]]
+    continues = grows(param, 1) & torch.tensor(space.joined, device="cpu")[param[1:]]
     continues &= grows(weight, size * space.dtype.itemsize) & grows(offset, size)
     continues &= grows(gradient, gradient_bytes * (gradient > 0))
     continues &= grows(group, 0) & grows(climbed, 0) & grows(kind, 0)
-    first = torch.cat([torch.tensor([True]), ~continues])
+    first = torch.cat([torch.tensor([True], device="cpu"), ~continues])
     result = rows[first]
-    result[:, ROW.index("size")] = torch.zeros(len(result), dtype=torch.int64).index_add_(0, first.cumsum(0) - 1, size)
+    result[:, ROW.index("size")] = torch.zeros_like(size[first]).index_add_(0, first.cumsum(0) - 1, size)
     return result
 
 
 def build_chunks(sizes: Sequence[int], chunk: int) -> Tensor:
     """The chunks of rows of these sizes, as lines of :data:`CHUNK`."""
-    size = torch.tensor(sizes, dtype=torch.int64)
+    size = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     each = (size + chunk - 1) // chunk
     row = torch.repeat_interleave(each)
     first = each.cumsum(0) - each
-    begin = (torch.arange(len(row)) - first[row]) * chunk
+    begin = (torch.arange(len(row), device="cpu") - first[row]) * chunk
     return torch.stack([row, begin, torch.clamp(size[row] - begin, max=chunk)], dim=1)
 
 

@@ -70,7 +70,7 @@ class DevicePasses:
             tensors = (groups, *_descent_tensors(space, descent, sums), *state, table.counter)
             self._launch("descend_adam", space, layout, tensors)
         else:  # parameters without elements, as a shard may be: their steps are counted all the same
-            counted = table.upload(torch.tensor(_with_gradient(space)))
+            counted = table.upload(torch.tensor(_with_gradient(space), device="cpu"))
             descent.state["step"].add_(counted & sums.isfinite().all())
 
     def restore(self, space: FlatSpace) -> None:
