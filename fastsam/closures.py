@@ -40,8 +40,8 @@ class ClosureSteps(Passes):
     ):
         """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
 
-        It is evaluated twice, at w and at w + e; gradients are cleared before each pass and on return; the
-        first loss is returned. With ``model`` the second pass leaves its buffers (BatchNorm's statistics) alone and
+        It is evaluated twice, at w and at w + e, or once where ``rho`` is 0 in every group: w + e is w then. Gradients
+        are cleared before each pass and on return; the first loss is returned. With ``model`` the second pass leaves its buffers (BatchNorm's statistics) alone and
         draws the dropout masks of the first, or fresh ones without ``shared_masks`` (see ``fastsam.model_state``).
         ``options`` are those of :meth:`second_step`: ``grad_scaler``, ``max_norm``, ``clip_value``. Raises
         ``RuntimeError`` if gradients from elsewhere are present: they would be lost (see :meth:`finish`), and
@@ -65,7 +65,13 @@ class ClosureSteps(Passes):
         with self._ranks.failures_named(), self._own_gradients():
             with self._ranks.first_pass(model, closure):
                 loss = self._evaluate(closure)
-            self._second_half(closure, passes, options)
+            if self._stands_still():
+                if passes is not None:
+                    passes.check_parameters(self)
+                self.first_step(grad_scaler=options.get("grad_scaler"))
+                self.second_step(zero_grad=True, **options)
+            else:
+                self._second_half(closure, passes, options)
         return loss
 
     def finish(self, closure: Callable[[], Tensor], *, model: nn.Module | None = None, **options):
@@ -155,8 +161,6 @@ class ClosureSteps(Passes):
         if self._accumulated is None:
             raise RuntimeError("descend() without accumulate(closure): after first_step() call second_step()")
         self._update(self._accumulated, options)
-        if self.uses_eigenvector:
-            self.param_groups[0]["steps"] += 1
         if zero_grad:
             self.zero_grad()
 
@@ -184,6 +188,15 @@ class ClosureSteps(Passes):
     def _has_gradients(self) -> bool:
         gradients = [local(p.grad) for p in self._every_parameter() if not is_cleared(p)]
         return any(bool(g.any()) if g.layout == torch.strided else True for g in gradients)
+
+    def _stands_still(self) -> bool:
+        """Whether the second pass would be the first again.
+
+        Not under m-sharpness, where the first is not reduced, nor among pipeline stages, each with groups of its own.
+        """
+        radii = [group.get("rho") for group in self._method_groups() if group["perturb"]]
+        alone = not self._ranks.m_sharpness and self._ranks.process_group is None
+        return alone and all(isinstance(rho, (int, float)) and rho == 0 for rho in radii)
 
     def _second_half(self, closure, passes: TwoPasses | None, options: dict):
         with self._or_restored():

@@ -200,7 +200,7 @@ class Ranks:
             )
         if self._model.static_graph and not self._model._static_graph_delay_allreduce_enqueued:
             # torch cannot run the very first pass of a static graph under no_sync (pytorch/pytorch#143580).
-            from fastsam.curvature.frozen import Frozen  # here, because fastsam.curvature builds on the optimizer
+            from fastsam.frozen import Frozen  # here, because it looks at parameters through this module
 
             with Frozen(self._model.parameters(), self._model), torch.enable_grad():
                 closure()

@@ -11,9 +11,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fastsam.checks import describe
-from fastsam.curvature.frozen import Frozen
 from fastsam.descent import fused_rule
 from fastsam.flat import FlatSpace
+from fastsam.frozen import Frozen
 from fastsam.optimizer import SharpnessAware
 
 #: The remedy for a graph that no longer fits.

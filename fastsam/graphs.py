@@ -249,9 +249,7 @@ class CapturedStep:
                 optimizer._spaces.publish(part.space, optimizer.state, "momentum", buffer, kept)
                 part.space.swap("momentum", "momentum_next")
         optimizer._sums = graph.sums
-        if optimizer.uses_eigenvector:
-            optimizer.param_groups[0]["steps"] += 1
-        optimizer._opt_called = optimizer.base_optimizer._opt_called = True
+        optimizer._step_taken()
 
 
 @dataclass

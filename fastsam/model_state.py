@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastsam.checks import describe
 from fastsam.distributed import local
+from fastsam.frozen import Generators, is_expanded
 
 
 class TwoPasses:
@@ -41,7 +42,7 @@ class TwoPasses:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be a torch.nn.Module")
         self.model = model
-        self._before = _generators(model) if shared_masks else None
+        self._before = Generators(p.device for p in model.parameters()) if shared_masks else None
 
     @contextlib.contextmanager
     def second(self) -> Iterator[None]:
@@ -61,7 +62,7 @@ class TwoPasses:
         _copy(values, buffers)
         after_first = None
         if self._before is not None:
-            after_first = _generators(self.model)
+            after_first = Generators(p.device for p in self.model.parameters())
             self._before.restore()
         try:
             yield
@@ -110,13 +111,6 @@ def guard(model: nn.Module, optimizer: torch.optim.Optimizer):
     return model.register_state_dict_pre_hook(refuse)
 
 
-def is_expanded(buffer: Tensor) -> bool:
-    """Whether elements share memory: torch refuses to write to it, so that it neither changes nor can be put back."""
-    return buffer.layout is torch.strided and any(
-        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
-    )
-
-
 @torch.no_grad()
 def _copy(into: list[Tensor], values: list[Tensor]) -> None:
     """``into[i].copy_(values[i])``: one call, and on a GPU one launch, for each device and dtype."""
@@ -127,9 +121,3 @@ def _copy(into: list[Tensor], values: list[Tensor]) -> None:
         sources.append(value)
     for targets, sources in kinds.values():
         torch._foreach_copy_(targets, sources)
-
-
-def _generators(model: nn.Module):
-    from fastsam.curvature.frozen import Generators  # here, because fastsam.curvature builds on the optimizer
-
-    return Generators({p.device for p in model.parameters()})

@@ -26,13 +26,11 @@ from fastsam.closures import ClosureSteps
 from fastsam.distributed import Ranks
 from fastsam.passes import Accumulated
 from fastsam.spaces import Spaces
-from fastsam.untraced import untraced
 
 #: Added to every norm before a division, as the authors of SAM do.
 NORM_EPSILON = 1e-12
 
 
-@untraced
 class SharpnessAware(ClosureSteps):
     """Base class of the methods: owns the flat spaces and runs the passes.
 
@@ -69,7 +67,7 @@ class SharpnessAware(ClosureSteps):
         self._accumulated: Accumulated | None = None
         # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
         # method's is called sam_<name> in the groups.
-        taken = inspect.signature(base_optimizer).parameters
+        taken = _arguments(base_optimizer)
         self._aliases = {name: f"sam_{name}" for name in defaults if name in taken}
         defaults = {self._aliases.get(name, name): value for name, value in defaults.items()}
         super().__init__(params, {**defaults, "perturb": True, **base_kwargs})
@@ -280,6 +278,13 @@ class SharpnessAware(ClosureSteps):
         if not self._aliases:
             return self.param_groups
         return [{**g, **{name: g[alias] for name, alias in self._aliases.items()}} for g in self.param_groups]
+
+
+def _arguments(base_optimizer: Callable) -> set[str]:
+    """Names of the hyper-parameters of a base optimizer, which a subclass may pass on as ``**kwargs``."""
+    if not isinstance(base_optimizer, type):
+        return set(inspect.signature(base_optimizer).parameters)
+    return {name for cls in base_optimizer.__mro__ for name in inspect.signature(cls.__init__).parameters}
 
 
 def _needs_closure(base_optimizer: Callable) -> bool:

@@ -22,6 +22,7 @@ from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent, Descent
 from fastsam.kernels.torch import all_finite, clipped
 from fastsam.spaces import Spaces
+from fastsam.untraced import leave_untraced
 
 _UNTOUCHED = dict(grad_scale=1.0, max_norm=None, clip_value=None)
 
@@ -42,6 +43,10 @@ class Accumulated:
 
 class Passes(torch.optim.Optimizer):
     """Climb and descend over every flat space; :class:`~fastsam.optimizer.SharpnessAware` says when."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        leave_untraced(cls)
 
     @torch.no_grad()
     def _climb(self, grad_scaler: GradScaler | None, accumulated: Accumulated | None = None) -> None:
@@ -105,8 +110,12 @@ class Passes(torch.optim.Optimizer):
                 self._keep_averages(accumulated)
             self._perturbed = False
             self._accumulated = None
-        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
         self._spaces.release_gradients()
+        self._step_taken()
+
+    def _step_taken(self) -> None:
+        """At the end of every step, whether it counted or not."""
+        self._opt_called = self.base_optimizer._opt_called = True  # what schedulers look for
 
     @torch.no_grad()
     def _keep_micro_batch(self, so_far: Accumulated | None, scaler: GradScaler | None) -> None:

@@ -23,10 +23,9 @@ _ENTRY_POINTS = (
 )
 
 
-def untraced(cls: type) -> type:
+def leave_untraced(cls: type) -> None:
     """Has torch.compile leave the entry points that ``cls`` itself defines alone."""
     for name in _ENTRY_POINTS:
         if name in cls.__dict__:
             # What torch.optim's own entry points wear: unlike torch.compiler.disable it imports nothing until called.
             setattr(cls, name, torch._disable_dynamo(cls.__dict__[name]))
-    return cls

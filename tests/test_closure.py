@@ -45,6 +45,27 @@ def test_step_evaluates_twice_and_returns_the_first_loss(backend, method, base):
         torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_that_does_not_climb_costs_one_evaluation_and_feeds_the_average(backend, method, base):
+    """SAM that starts late, or is taken every second step."""
+    reference, problem = mlp(), mlp()
+    loop = build_reference(method, base, reference.params())
+    optimizer = build_optimizer(method, base, problem.params(), backend)
+    for k in range(6):
+        rho = 0.05 * (k % 2)
+        loop.param_groups[0]["rho"] = optimizer.param_groups[0]["rho"] = rho
+        closure, calls = recording(problem)
+        loss = optimizer.step(closure)
+        assert len(calls) == 1 + k % 2 and loss.item() == calls[0][0]
+        assert all(p.grad is None for p in problem.params())
+        for step in (loop.first_step, loop.second_step):
+            loop.zero_grad()
+            reference.closure()
+            step()
+        torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-12, atol=1e-12)
+
+
 def test_step_enables_gradients_for_the_closure(backend):
     problem = mlp()
     optimizer = build_optimizer("SAM", "SGD", problem.params(), backend)

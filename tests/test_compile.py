@@ -112,6 +112,19 @@ def test_a_methods_own_entry_points_are_left_alone_too():
         assert optimizer.param_groups[0]["steps"] == k + 1
 
 
+def test_entry_points_of_every_class_in_between_are_left_alone():
+    problem, optimizer = make("SAM", "SGD", "auto")
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter)
+    def train():
+        optimizer.accumulate(problem.closure)
+        optimizer.descend(zero_grad=True)
+
+    train()
+    assert counter.frame_count == 0, "kernels and closures are called, not traced"
+
+
 def test_gradients_of_a_compiled_backward(backend):
     expected = expected_weights("F-SAM sigma=0.5 lmbda=0.9", "AdamW", backend)
     problem, optimizer = make("F-SAM sigma=0.5 lmbda=0.9", "AdamW", backend)

@@ -8,7 +8,7 @@ from reference import build_optimizer, build_reference, mlp
 from reference.scripted import bits, copies, make_scripted, noise, random_gradients, scripted_steps, set_gradients
 from torch.optim import lr_scheduler
 
-from fastsam import SAM, FriendlySAM
+from fastsam import SAM, EigenSAM, FriendlySAM
 
 SOME_METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"]
 SOME_BASES = ["SGD momentum", "AdamW", "RMSprop"]
@@ -82,6 +82,18 @@ def test_a_base_optimizer_may_call_its_state_as_the_method_does(backend):
     torch.testing.assert_close(perturbed.weights(), plain.weights(), rtol=1e-13, atol=1e-13)
     p = perturbed.params()[0]
     assert not torch.equal(optimizer.state[p]["momentum"], optimizer.state[p]["base_momentum"])
+
+
+class Centered(torch.optim.RMSprop):
+    def __init__(self, params, **kwargs):
+        super().__init__(params, centered=True, **kwargs)
+
+
+@pytest.mark.parametrize("base", [torch.optim.RMSprop, Centered])
+def test_a_hyper_parameter_that_base_and_method_name_alike_is_two(base):
+    optimizer = EigenSAM(mlp().params(), base, alpha=0.3, lr=0.1)
+    (group,) = optimizer.param_groups
+    assert (group["alpha"], group["sam_alpha"]) == (0.99, 0.3)
 
 
 class Decaying(torch.optim.SGD):

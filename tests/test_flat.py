@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastsam import SAM, FriendlySAM, flatten_parameters
+from fastsam.flat import FlatSpace
 
 
 def _model():
@@ -89,3 +90,15 @@ def _loss(model):
     loss = model(torch.ones(5, 4, dtype=model[0].weight.dtype)).square().mean()
     loss.backward()
     return loss
+
+
+def test_gradients_are_read_in_one_call_whatever_the_stride_of_a_single_element(cpu):
+    """As cuDNN gives them to 1x1 convolutions with channels last."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch's gradients are read tensor by tensor")
+    weight = torch.nn.Parameter(torch.ones(8, 4, 1, 1))
+    weight.grad = torch.empty_strided(weight.shape, (4, 1, 4, 4)).fill_(2.0)
+    space = FlatSpace([weight], [0], perturbed=True)
+    assert space._scanner.gradients() == ([weight.grad], [weight.grad.data_ptr()])
+    weight.grad = torch.ones(4, 8, 1, 1).transpose(0, 1)
+    assert space._scanner.gradients() is None, "that one has to be copied"

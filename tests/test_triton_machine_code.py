@@ -61,19 +61,19 @@ CASES = {
     "climb, own recipe": Case("climb", 3, 2, ("ema", "ema_next"), constants=(("CLOSED_FORM", False),)),
     "climb, F-SAM, bf16": Case("climb", 3, 3, ("vector",), tl.bfloat16, (("CLOSED_FORM", True),)),
     "climb, F-SAM, fp16": Case("climb", 3, 3, ("vector",), tl.float16, (("CLOSED_FORM", True),)),
-    "SGD": Case("sgd", 2, 1, ("momentum_buffer", "ema", "ema_next")),
-    "SGD momentum": Case("sgd", 3, 2, ("ema", "ema_next")),
-    "SGD momentum of F-SAM": Case("sgd", 3, 2),
-    "SGD momentum, bf16": Case("sgd", 3, 2, ("ema", "ema_next"), tl.bfloat16),
-    "Adam": Case("adam", 4, 3, ("ema", "ema_next")),
-    "Adam of F-SAM, bf16": Case("adam", 4, 3, (), tl.bfloat16),
+    "SGD": Case("descend_sgd", 2, 1, ("momentum_buffer", "ema", "ema_next")),
+    "SGD momentum": Case("descend_sgd", 3, 2, ("ema", "ema_next")),
+    "SGD momentum of F-SAM": Case("descend_sgd", 3, 2),
+    "SGD momentum, bf16": Case("descend_sgd", 3, 2, ("ema", "ema_next"), tl.bfloat16),
+    "Adam": Case("descend_adam", 4, 3, ("ema", "ema_next")),
+    "Adam of F-SAM, bf16": Case("descend_adam", 4, 3, (), tl.bfloat16),
     "restore": Case("restore", 1, 1),
 }
 
 
 @functools.cache
 def compiled(case: Case, target: str):
-    kernel = getattr(kernels, f"{case.kernel}_kernel")
+    kernel = getattr(kernels, case.kernel)
     threads = backend._THREADS
     constants = dict.fromkeys(case.without)
     constants |= {"W": case.weights, "G": case.weights, "BLOCK": backend._BLOCK, **dict(case.constants)}
@@ -193,13 +193,13 @@ def test_registers_leave_room_for_enough_blocks(name, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_uniform_dtypes_need_no_shared_memory_for_their_elements(target):
     for name, case in CASES.items():
-        if case.kernel in ("climb", "sgd", "restore"):
+        if case.kernel in ("climb", "descend_sgd", "restore"):
             assert compiled(case, target).metadata.shared == 0, name
 
 
-@pytest.mark.parametrize("kernel", ["gram", "adam"])
+@pytest.mark.parametrize("kernel", ["gram", "descend_adam"])
 def test_the_last_program_is_found_with_release_and_acquire(kernel):
-    name = {"gram": "gram, F-SAM", "adam": "Adam"}[kernel]
+    name = {"gram": "gram, F-SAM", "descend_adam": "Adam"}[kernel]
     assert "atom.global.gpu.acq_rel.add" in re.sub(r"\.relaxed", "", compiled(CASES[name], "sm_90").asm["ptx"])
     for case in CASES.values():
         assert not re.search(r"atom\w*\.[\w.]*add[\w.]*\.f(16|32|64)", compiled(case, "sm_90").asm["ptx"])

@@ -15,7 +15,7 @@ ONE_TEST = "test_kernels_equal_the_specification and F-SAM and float64"
 MUTATIONS = {
     "a sign": ("triton_kernels.py", "average * sigma.to(WIDE), gradient)", "average * -sigma.to(WIDE), gradient)"),
     "a mask": ("triton_access.py", "mask=at < end, cache_modifier", "mask=at < end - 1, cache_modifier"),
-    "a stride": ("triton_access.py", "tl.load(row + 2) + begin,", "tl.load(row + 2),"),
+    "a stride": ("triton_access.py", "tl.load(row + _OFFSET) + begin,", "tl.load(row + _OFFSET),"),
     "what is carried over": ("triton_kernels.py", "total += 0 * tl.load(met + k)", "total += 0.0"),
 }
 

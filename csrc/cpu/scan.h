@@ -75,7 +75,14 @@ class Scanner {
       return t.ndim == tensor.ndim && t.dtype.code == tensor.dtype.code && t.dtype.bits == tensor.dtype.bits &&
              t.dtype.lanes == tensor.dtype.lanes && t.device.type == tensor.device.type &&
              t.device.index == tensor.device.index && std::equal(shape.begin(), shape.end(), t.shape) &&
-             std::equal(strides.begin(), strides.end(), t.strides);
+             same_order(t);
+    }
+
+    // A dimension of one element may have any stride: the gradient of a 1x1 convolution with channels last, say.
+    bool same_order(const DlTensor& t) const {
+      for (int i = 0; i < t.ndim; ++i)
+        if (shape[i] != 1 && strides[i] != t.strides[i]) return false;
+      return true;
     }
   };
 

@@ -8,7 +8,6 @@ Everything works where a backward pass does: on the CPU, on compiled models, wit
 gradients, training flags and random generators are afterwards exactly what they were.
 """
 
-from fastsam.curvature.frozen import Frozen
 from fastsam.curvature.measure import (
     Chunks,
     SpectralDensity,
@@ -23,6 +22,7 @@ from fastsam.curvature.monitor import CurvatureMonitor
 from fastsam.curvature.plot import draw_density, draw_panels
 from fastsam.curvature.products import Hessian, hessian_vector_product
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
+from fastsam.frozen import Frozen
 
 __all__ = [
     "Chunks",

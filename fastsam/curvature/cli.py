@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastsam.curvature.evaluations import batch_size
 from fastsam.curvature.measure import Chunks, spectral_density, top_eigenpairs, trace
-from fastsam.curvature.passes import batch_size
 from fastsam.curvature.plot import draw_density
 
 #: Where training scripts put the weights in their checkpoints; fastsam.finetune has them under payload and model.

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from fastsam import kernels
 from fastsam.checks import describe
-from fastsam.curvature.frozen import Frozen
-from fastsam.curvature.passes import Passes
+from fastsam.curvature.evaluations import Evaluations
 from fastsam.curvature.vectors import Vectors
 from fastsam.distributed import local, shard_groups
 from fastsam.flat import FlatSpace
+from fastsam.frozen import Frozen
 from fastsam.interrupts import uninterrupted
 from fastsam.kernels import Ascent
 
@@ -50,9 +50,14 @@ class Differences:
     """Finite differences at the present weights; ``radius`` overrides the rule."""
 
     def __init__(
-        self, vectors: Vectors, passes: Passes, frozen: Frozen, radius: float | None, spaces: list[FlatSpace] | None
+        self,
+        vectors: Vectors,
+        evaluations: Evaluations,
+        frozen: Frozen,
+        radius: float | None,
+        spaces: list[FlatSpace] | None,
     ) -> None:
-        self._vectors, self._passes, self._frozen, self._fixed = vectors, passes, frozen, radius
+        self._vectors, self._evaluations, self._frozen, self._fixed = vectors, evaluations, frozen, radius
         self._spaces = _spaces(vectors.trainable) if spaces is None else spaces
         self._weight_dtypes = {p.dtype for p in vectors.trainable}
         self._weight_norm: float | None = None
@@ -70,13 +75,13 @@ class Differences:
         while True:
             radius = self.radius()
             with self.moved(v, radius / length):
-                above = self._passes.backward()
+                above = self._evaluations.backward()
             if self.radius() > radius:  # the first pass ran under autocast, of which nothing was known before it
                 continue
             self._add_gradients(out, 1.0)
             gradient, along = self._vectors.norm(out), self._vectors.dot(out, v)
             with self.moved(v, -radius / length):
-                below = self._passes.backward()
+                below = self._evaluations.backward()
             self._add_gradients(out, -1.0)
             change = self._vectors.norm(out) / 2
             if self._adapt(gradient, change) and repeats < REPEATS:
@@ -88,7 +93,7 @@ class Differences:
             predicted = radius / length * (2 * along - self._vectors.dot(out, v))
             rounding = 2 * max(self._precision(), 5e-4) * (abs(above) + abs(below))
             rounding += 2 * gradient * min(radius, _coarsest(self._weight_dtypes) * self._norm_of_weights())
-            self._passes.expect(above - below, predicted, rounding + 2 * radius * change)
+            self._evaluations.expect(above - below, predicted, rounding + 2 * radius * change)
             self._products += 1
             return out.mul_(length / (2 * radius))
 
@@ -131,7 +136,7 @@ class Differences:
         return part
 
     def _add_gradients(self, out: Tensor, scale: float) -> None:
-        self._passes.add_gradients(out, self._vectors.part, scale)
+        self._evaluations.add_gradients(out, self._vectors.part, scale)
 
     def _adapt(self, gradient: float, change: float) -> bool:
         """Sets the radius for the next product; whether this one is worth repeating with it."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastsam.curvature.passes import Mean, Passes
+from fastsam.curvature.evaluations import Evaluations, Mean
 from fastsam.curvature.vectors import Vectors
 from fastsam.flatten import flat_gradients
 
@@ -24,8 +24,8 @@ class NoSecondDerivative(Exception):
 class Exact:
     """Exact products at the present weights; they raise :class:`NoSecondDerivative` where there are none."""
 
-    def __init__(self, vectors: Vectors, passes: Passes) -> None:
-        self._vectors, self._passes, self._params = vectors, passes, vectors.trainable
+    def __init__(self, vectors: Vectors, evaluations: Evaluations) -> None:
+        self._vectors, self._evaluations, self._params = vectors, evaluations, vectors.trainable
         self._graph: tuple[Tensor | None, ...] | None = None  # the gradients, with their graph
         self._outlives = True  # the graph of a closure can still be walked after the closure
 
@@ -37,18 +37,18 @@ class Exact:
         """Hv, a new vector (n,)."""
         out = self._vectors.zeros()
         vectors = [self._vectors.part(v, p) for p in self._params]
-        if self._passes.closure:
+        if self._evaluations.closure:
             self._add_products_of_closure(out, vectors)
         elif self._graph is not None or self._open_graph():
             self._add_products(out, self._graph, vectors, keep=True)
         else:
             mean = Mean()
-            for loss, samples in self._passes.losses():
+            for loss, samples in self._evaluations.losses():
                 mean.add(loss, samples)
                 self._add_products(out, self._gradients(loss * samples), vectors, keep=False)
-            self._passes.expect_same(mean.value)
+            self._evaluations.expect_same(mean.value)
             out.div_(mean.samples)
-        return out.div_(self._passes.loss_scale)
+        return out.div_(self._evaluations.loss_scale)
 
     def gradient(self) -> Tensor | None:
         """The gradient, a new vector (n,), where the next product needs it anyway; else None."""
@@ -58,13 +58,13 @@ class Exact:
         for p, g in zip(self._params, self._graph, strict=True):
             if g is not None:
                 self._vectors.part(out, p).copy_(g.detach())
-        return out.div_(self._passes.loss_scale)
+        return out.div_(self._evaluations.loss_scale)
 
     def _open_graph(self) -> bool:
         """Makes the graph of all the loss, if the loss is one."""
-        if self._passes.closure or not self._passes.one_batch:
+        if self._evaluations.closure or not self._evaluations.one_batch:
             return False
-        for loss, _ in self._passes.losses():
+        for loss, _ in self._evaluations.losses():
             self._graph = self._gradients(loss)
         return True
 
@@ -96,7 +96,7 @@ class Exact:
             passes += 1
             return True
 
-        loss = self._passes.closure_losses(see)
+        loss = self._evaluations.closure_losses(see)
         if failure is not None:
             try:
                 raise failure
@@ -109,7 +109,7 @@ class Exact:
             p.grad = None
         if passes > 1 or not self._outlives:
             self._graph = None
-            self._passes.expect_same(loss)
+            self._evaluations.expect_same(loss)
 
     def _gradients(self, loss: Tensor) -> tuple:
         hidden = _hidden(loss)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam.curvature.passes import batch_size
+from fastsam.curvature.evaluations import batch_size
 from fastsam.curvature.products import Hessian
 from fastsam.curvature.solvers import Eigenpairs, Krylov, lanczos, power_iteration
 

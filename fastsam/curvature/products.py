@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsam.curvature.differences import Differences
+from fastsam.curvature.evaluations import Evaluations
 from fastsam.curvature.exact import Exact, NoSecondDerivative
-from fastsam.curvature.frozen import Frozen
 from fastsam.curvature.inner import Inner
-from fastsam.curvature.passes import Passes
 from fastsam.curvature.vectors import Vectors
 from fastsam.distributed import data_parallel, processes
 from fastsam.flat import FlatSpace
+from fastsam.frozen import Frozen
 
 METHODS = ("auto", "exact", "finite-difference")
 
@@ -117,10 +117,10 @@ class Hessian:
         self._vectors = Vectors(params)
         self._trainable = self._vectors.trainable
         self._frozen = Frozen(self._trainable, model, eval_mode)
-        self._passes = Passes(loss_fn, self._trainable, self._frozen, batches, closure, loss_scale)
+        self._evaluations = Evaluations(loss_fn, self._trainable, self._frozen, batches, closure, loss_scale)
         self._replicas = None if model is None else data_parallel(model)
-        self._exact = Exact(self._vectors, self._passes)
-        self._differences = Differences(self._vectors, self._passes, self._frozen, radius, spaces)
+        self._exact = Exact(self._vectors, self._evaluations)
+        self._differences = Differences(self._vectors, self._evaluations, self._frozen, radius, spaces)
         self.method = method
         self._open = False
         #: products so far
@@ -207,15 +207,15 @@ class Hessian:
         """The loss and its gradient at the present weights, a vector (n,)."""
         self._check_open()
         out = self._vectors.zeros()
-        loss = self._passes.backward()
-        self._passes.add_gradients(out, self._vectors.part, 1.0)
+        loss = self._evaluations.backward()
+        self._evaluations.add_gradients(out, self._vectors.part, 1.0)
         return loss, out
 
     def loss_at(self, e: Tensor) -> float:
         """L(w + e), with the random numbers of every other pass; the weights are back afterwards, bit for bit."""
         self._check_open()
         with self._differences.moved(e, 1.0):
-            loss = self._passes.backward()
+            loss = self._evaluations.backward()
         for p in self._trainable:
             p.grad = None
         return loss

@@ -5,7 +5,7 @@ Built with the package where ``nvcc`` is found. As in ``kernels/triton.py``, a l
 wait. The sums of ``gram`` are added in an order that depends on the number of chunks alone.
 
 Under ``FASTSAM_CUDA_ON_HOST=1`` the same code runs on CPU tensors, block after block: slow, for tests, and without
-a GPU or driver. What it cannot show is what only a GPU has: memory that blocks share, and barriers.
+a GPU or driver. Barriers and the memory that threads share are tested apart (tests/test_cuda_concurrency.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsam.flat import FlatSpace
 from fastsam.kernels import device
-from fastsam.kernels.launches import DevicePasses
+from fastsam.kernels.launches import climb, descend_adam, descend_sgd, gram, restore  # noqa: F401  the passes
 
 try:
     from fastsam import _cuda
@@ -51,7 +51,7 @@ def refuses(device_: torch.device, dtype: torch.dtype) -> str | None:
     return None if _on_host() else _too_old(torch.cuda.get_device_capability(device_), tuple(_cuda.architectures()))
 
 
-def _launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
+def launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     with device.current(space.device):
         getattr(_cuda, name)(_where(space, layout), *addresses, *flags.values())
@@ -102,8 +102,3 @@ def _too_old(capability: tuple[int, int], architectures: Sequence[int]) -> str |
         return None
     names = ", ".join(f"sm_{a}{b}" for a, b in sorted(compiled))
     return f"the kernels were compiled for {names}, this GPU is an sm_{major}{minor}; rebuild with FASTSAM_CUDA_ARCHS"
-
-
-_passes = DevicePasses(_launch)
-gram, climb, restore = _passes.gram, _passes.climb, _passes.restore
-descend_sgd, descend_adam = _passes.descend_sgd, _passes.descend_adam

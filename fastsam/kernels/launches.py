@@ -1,14 +1,14 @@
-"""What the host does for a pass on a device, up to the launch itself: the same for every backend there.
+"""The five passes on a device, up to the launch itself: what the host does is the same for every backend there.
 
-A backend gives :class:`DevicePasses` its ``launch(name, space, layout, tensors, **flags)``: ``name`` is that of one of
-the five passes; ``tensors`` are what it reads and writes besides the tables of ``layout``, in the order of
-the kernels' arguments, None where a method has no such buffer. Nothing here waits for the device.
+Such a backend has a function ``launch(name, space, layout, tensors, **flags)``: ``name`` is that of one of the
+passes; ``tensors`` are what its kernel reads and writes besides the tables of ``layout``, in the order of the kernel's
+arguments, None where a method has no such buffer. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,67 +18,65 @@ from fastsam.kernels import Ascent, Descent
 from fastsam.kernels.device import SGD, on_device, table_of
 
 
-class DevicePasses:
-    """The five functions of a backend that decides on the device."""
+def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
+    table = table_of(space)
+    layout = table.layout(space)
+    sums = table.sums[ascent.met is not None]
+    met = None if ascent.met is None else ascent.met.to(space.device)
+    if not layout.programs:
+        return sums.zero_() if met is None else torch.mul(met, 0, out=sums)
+    _mark_ascent(space, ascent)
+    groups = _ascent_groups(space, ascent) if _weighted(ascent) or ascent.ema is not None else None
+    buffers = (ascent.ema, ascent.vector, table.partials, table.counter, sums, met)
+    scaling = _ascent_scaling(space, ascent)
+    space.kernels.launch("gram", space, layout, (groups, scaling, *buffers), weighted=_weighted(ascent))
+    return sums
 
-    def __init__(self, launch: Callable) -> None:
-        self._launch = launch
 
-    def gram(self, space: FlatSpace, ascent: Ascent) -> Tensor:
-        table = table_of(space)
-        layout = table.layout(space)
-        sums = table.sums[ascent.met is not None]
-        met = None if ascent.met is None else ascent.met.to(space.device)
-        if not layout.programs:
-            return sums.zero_() if met is None else torch.mul(met, 0, out=sums)
-        _mark_ascent(space, ascent)
-        groups = _ascent_groups(space, ascent) if _weighted(ascent) or ascent.ema is not None else None
-        buffers = (ascent.ema, ascent.vector, table.partials, table.counter, sums, met)
+def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
+    table = table_of(space)
+    layout = table.layout(space)
+    if closed_form(ascent):
+        groups = _ascent_groups(space, ascent)
+    else:
+        groups = table.hyper("coefficients", ascent_lines(ascent, sums), repeated=True)
+    buffers = (space.buffer("backup").flat, ascent.ema, ascent.ema_next, ascent.vector)
+    if layout.programs:
         scaling = _ascent_scaling(space, ascent)
-        self._launch("gram", space, layout, (groups, scaling, *buffers), weighted=_weighted(ascent))
-        return sums
+        tensors = (groups, scaling, sums, *buffers)
+        space.kernels.launch("climb", space, layout, tensors, closed_form=closed_form(ascent))
+    space.climbed = _with_gradient(space)
+    if ascent.ema_next is not None:
+        table.written(ascent.ema_next, space.climbed)
 
-    def climb(self, space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
-        table = table_of(space)
-        layout = table.layout(space)
-        if closed_form(ascent):
-            groups = _ascent_groups(space, ascent)
-        else:
-            groups = table.hyper("coefficients", ascent_lines(ascent, sums), repeated=True)
-        buffers = (space.buffer("backup").flat, ascent.ema, ascent.ema_next, ascent.vector)
-        if layout.programs:
-            scaling = _ascent_scaling(space, ascent)
-            tensors = (groups, scaling, sums, *buffers)
-            self._launch("climb", space, layout, tensors, closed_form=closed_form(ascent))
-        space.climbed = _with_gradient(space)
-        if ascent.ema_next is not None:
-            table.written(ascent.ema_next, space.climbed)
 
-    def descend_sgd(self, space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-        layout = table_of(space).layout(space)
-        groups = _sgd_groups(space, descent, _with_gradient(space))
-        if layout.programs:
-            tensors = (groups, *_descent_tensors(space, descent, sums), descent.state.get("momentum_buffer"))
-            self._launch("descend_sgd", space, layout, tensors)
+def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    layout = table_of(space).layout(space)
+    groups = _sgd_groups(space, descent, _with_gradient(space))
+    if layout.programs:
+        tensors = (groups, *_descent_tensors(space, descent, sums), descent.state.get("momentum_buffer"))
+        space.kernels.launch("descend_sgd", space, layout, tensors)
 
-    def descend_adam(self, space: FlatSpace, descent: Descent, sums: Tensor) -> None:
-        table = table_of(space)
-        layout = table.layout(space, merged=False)  # neighbours may have taken different numbers of steps
-        groups = _adam_groups(space, descent, _with_gradient(space))
-        if layout.programs:
-            state = (descent.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
-            tensors = (groups, *_descent_tensors(space, descent, sums), *state, table.counter)
-            self._launch("descend_adam", space, layout, tensors)
-        else:  # parameters without elements, as a shard may be: their steps are counted all the same
-            counted = table.upload(torch.tensor(_with_gradient(space), device="cpu"))
-            descent.state["step"].add_(counted & sums.isfinite().all())
 
-    def restore(self, space: FlatSpace) -> None:
-        if not any(space.climbed):
-            return
-        layout = table_of(space).layout(space, gradients=False)
-        if layout.programs:
-            self._launch("restore", space, layout, (space.buffer("backup").flat,))
+def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
+    table = table_of(space)
+    layout = table.layout(space, merged=False)  # neighbours may have taken different numbers of steps
+    groups = _adam_groups(space, descent, _with_gradient(space))
+    if layout.programs:
+        state = (descent.state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
+        tensors = (groups, *_descent_tensors(space, descent, sums), *state, table.counter)
+        space.kernels.launch("descend_adam", space, layout, tensors)
+    else:  # parameters without elements, as a shard may be: their steps are counted all the same
+        counted = table.upload(torch.tensor(_with_gradient(space), device="cpu"))
+        descent.state["step"].add_(counted & sums.isfinite().all())
+
+
+def restore(space: FlatSpace) -> None:
+    if not any(space.climbed):
+        return
+    layout = table_of(space).layout(space, gradients=False)
+    if layout.programs:
+        space.kernels.launch("restore", space, layout, (space.buffer("backup").flat,))
 
 
 def refresh(space: FlatSpace, ascent: Ascent | None, descend: str, descent: Descent, updated: Sequence[bool]) -> None:

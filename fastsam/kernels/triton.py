@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastsam.flat import FlatSpace
 from fastsam.kernels import device
-from fastsam.kernels.launches import DevicePasses
+from fastsam.kernels.launches import climb, descend_adam, descend_sgd, gram, restore  # noqa: F401  the passes
 
 try:
     import triton
@@ -56,7 +56,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return _too_old(device) if device.type == "cuda" and not torch.version.hip else None
 
 
-def _launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
+def launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
     types = _geometry(space) if name == "restore" else _types(space)
     constants = {flag.upper(): value for flag, value in flags.items()} | types
     with device.current(space.device):
@@ -104,13 +104,5 @@ if triton is not None:
     from fastsam.kernels import triton_kernels
 
     _kernels = {
-        "gram": triton_kernels.gram_kernel,
-        "climb": triton_kernels.climb_kernel,
-        "descend_sgd": triton_kernels.sgd_kernel,
-        "descend_adam": triton_kernels.adam_kernel,
-        "restore": triton_kernels.restore_kernel,
+        name: getattr(triton_kernels, name) for name in ("gram", "climb", "descend_sgd", "descend_adam", "restore")
     }
-
-_passes = DevicePasses(_launch)
-gram, climb, restore = _passes.gram, _passes.climb, _passes.restore
-descend_sgd, descend_adam = _passes.descend_sgd, _passes.descend_adam

@@ -9,7 +9,9 @@ from fastsam.kernels import device
 
 TAIL = tl.constexpr(512)  # elements of a block under a mask
 _VECTOR = tl.constexpr(16)  # bytes: the widest access
+_WEIGHT, _GRADIENT, _OFFSET, _, _GROUP, _PARAM, _CLIMBED, _KIND = map(tl.constexpr, range(len(device.ROW)))
 _ROW = tl.constexpr(len(device.ROW))
+_, _BEGIN, _COUNT = map(tl.constexpr, range(len(device.CHUNK)))
 _CHUNK = tl.constexpr(len(device.CHUNK))
 
 
@@ -18,14 +20,15 @@ def find_chunk(rows, chunks, i, W: tl.constexpr):
     """Addresses of the chunk's weights and gradients (0: none), and what its row says of it."""
     entry = chunks + _CHUNK * i.to(tl.int64)
     row = rows + _ROW * tl.load(entry)
-    begin = tl.load(entry + 1)
-    count = tl.load(entry + 2).to(tl.int32)
-    kind = tl.load(row + 7)
-    g = tl.load(row + 1)
+    begin = tl.load(entry + _BEGIN)
+    count = tl.load(entry + _COUNT).to(tl.int32)
+    group, param, climbed = tl.load(row + _GROUP), tl.load(row + _PARAM), tl.load(row + _CLIMBED) != 0
+    kind = tl.load(row + _KIND)
+    g = tl.load(row + _GRADIENT)
     # bytes of a gradient: 4, 8, 2, 2 for the kinds 0 to 3
     g = tl.where(g != 0, g + begin * tl.where(kind == 0, 4, tl.where(kind == 1, 8, 2)), 0)
-    w = (tl.load(row).to(tl.pointer_type(W)) + begin).to(tl.int64)
-    return w, g, tl.load(row + 2) + begin, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6) != 0, kind, count
+    w = (tl.load(row + _WEIGHT).to(tl.pointer_type(W)) + begin).to(tl.int64)
+    return w, g, tl.load(row + _OFFSET) + begin, group, param, climbed, kind, count
 
 
 @triton.jit

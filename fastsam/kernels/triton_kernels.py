@@ -22,10 +22,17 @@ from fastsam.kernels.triton_access import (
     store,
 )  # fmt: skip
 
-_ROW = tl.constexpr(len(device.ROW))
-_ASCENT = tl.constexpr(len(device.ASCENT))
-_SGD = tl.constexpr(len(device.SGD))
-_ADAM = tl.constexpr(len(device.ADAM))
+
+def _columns(table):
+    """The place of each column, and at the end the length of a line."""
+    return [tl.constexpr(i) for i in range(len(table) + 1)]
+
+
+_, _GRADIENT, *_, _PARAM, _, _, _ROW = _columns(device.ROW)
+_RHO, _ALPHA, _SIGMA, _LMBDA, _ADAPTIVE, _ASCENT = _columns(device.ASCENT)
+_SGD_LR, _MOMENTUM, _DAMPENING, _SGD_DECAY, _NESTEROV, _SGD_MAXIMIZE, _SGD = _columns(device.SGD)
+_LR, _BETA1, _BETA2, _LOG2_BETA1, _LOG2_BETA2, _EPS, _DECAY, _DECOUPLED, _MAXIMIZE, _ADAM = _columns(device.ADAM)
+_GRAD_SCALE, _MAX_NORM, _CLIP_VALUE, _ = _columns(device.SCALING)
 _EPSILON = tl.constexpr(1e-12)  # added to every norm before a division
 _INF = tl.constexpr(float("inf"))
 
@@ -34,7 +41,7 @@ _INF = tl.constexpr(float("inf"))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def gram_kernel(
+def gram(
     rows, chunks, n_rows, hyper, scaling, ema, vector, partials, counter, sums, met,
     W: tl.constexpr, G: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -48,32 +55,17 @@ def gram_kernel(
     count = tl.where(g != 0, count, 0)
     m = part(ema, offset)
     v = part(vector, offset)
-    scale = tl.load(scaling)
+    scale = tl.load(scaling + _GRAD_SCALE)
     sigma, adaptive = tl.zeros((), tl.float64), False
     if hyper is not None:
         line = hyper + _ASCENT * group
-        sigma, adaptive = tl.load(line + 2), tl.load(line + 4) != 0
+        sigma, adaptive = tl.load(line + _SIGMA), tl.load(line + _ADAPTIVE) != 0
 
     full = full_blocks(count, w | g | m | v, BLOCK)
     dd, dv, vv = _gram_range(
-        0,
-        full,
-        w,
-        g,
-        m,
-        v,
-        scale,
-        sigma,
-        adaptive,
-        kind,
-        ema is not None,
-        vector is not None,
-        WEIGHTED,
-        W,
-        G,
-        BLOCK,
-        True,
-    )
+        0, full, w, g, m, v, scale, sigma, adaptive, kind,
+        ema is not None, vector is not None, WEIGHTED, W, G, BLOCK, True,
+    )  # fmt: skip
     if full < count:
         tail_dd, tail_dv, tail_vv = _gram_range(
             full, count, w, g, m, v, scale, sigma, adaptive, kind,
@@ -142,7 +134,7 @@ def _total(partials, n):
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def climb_kernel(
+def climb(
     rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, vector,
     W: tl.constexpr, G: tl.constexpr, CLOSED_FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -155,12 +147,12 @@ def climb_kernel(
     if not _finite(sums):
         copy(b, w, 0, count, W, TAIL, False)
     else:
-        scale = tl.load(scaling)
+        scale = tl.load(scaling + _GRAD_SCALE)
         line = hyper + _ASCENT * group
-        c_d, c_v = tl.load(line), tl.load(line + 1)
+        c_d, c_v = tl.load(line + _RHO), tl.load(line + _ALPHA)
         if CLOSED_FORM:
             c_d, c_v = _coefficients(tl.load(sums), tl.load(sums + 1), c_d, c_v)
-        sigma, lmbda, adaptive = tl.load(line + 2), tl.load(line + 3), tl.load(line + 4) != 0
+        sigma, lmbda, adaptive = tl.load(line + _SIGMA), tl.load(line + _LMBDA), tl.load(line + _ADAPTIVE) != 0
         full = full_blocks(count, w | g | b | m | m_next | v, BLOCK)
         _climb_range(
             0, full, w, g, b, m, m_next, v, scale, c_d, c_v, sigma, lmbda, adaptive, kind,
@@ -211,7 +203,7 @@ def _coefficients(dd, dv, rho, alpha):
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def sgd_kernel(
+def descend_sgd(
     rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, momentum_buffer,
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -237,12 +229,12 @@ def _sgd_range(
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
-    lr = tl.load(line).to(WIDE)
-    momentum = tl.load(line + 1).to(WIDE)
-    undampened = (1 - tl.load(line + 2)).to(WIDE)
-    weight_decay = tl.load(line + 3).to(WIDE)
-    nesterov = tl.load(line + 4) != 0
-    scale = tl.where(tl.load(line + 5) != 0, -scale, scale).to(WIDE)  # maximize
+    lr = tl.load(line + _SGD_LR).to(WIDE)
+    momentum = tl.load(line + _MOMENTUM).to(WIDE)
+    undampened = (1 - tl.load(line + _DAMPENING)).to(WIDE)
+    weight_decay = tl.load(line + _SGD_DECAY).to(WIDE)
+    nesterov = tl.load(line + _NESTEROV) != 0
+    scale = tl.where(tl.load(line + _SGD_MAXIMIZE) != 0, -scale, scale).to(WIDE)
     limit = limit.to(WIDE)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -259,7 +251,7 @@ def _sgd_range(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def adam_kernel(
+def descend_adam(
     rows, chunks, n_rows, hyper, scaling, sums, backup, ema, ema_next, exp_avg, exp_avg_sq, steps, counter,
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -284,8 +276,9 @@ def adam_kernel(
         if _is_last(counter, n):
             for start in range(0, n_rows, 128):
                 row = start + tl.arange(0, 128)
-                taken = (row < n_rows) & (tl.load(rows + _ROW * row + 1, mask=row < n_rows, other=0) != 0)
-                step = steps + tl.load(rows + _ROW * row + 5, mask=taken, other=0)
+                gradient = tl.load(rows + _ROW * row + _GRADIENT, mask=row < n_rows, other=0)
+                taken = (row < n_rows) & (gradient != 0)
+                step = steps + tl.load(rows + _ROW * row + _PARAM, mask=taken, other=0)
                 tl.store(step, tl.load(step, mask=taken) + 1, mask=taken)
 
 
@@ -295,17 +288,17 @@ def _adam_range(
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     WIDE: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
-    lr, decay = tl.load(line), tl.load(line + 6)
-    decoupled = tl.load(line + 7) != 0
-    one_minus_beta1 = (1 - tl.load(line + 1)).to(WIDE)
-    beta2 = tl.load(line + 2).to(WIDE)
-    one_minus_beta2 = (1 - tl.load(line + 2)).to(WIDE)
-    step_size = (lr / (1 - tl.exp2(t * tl.load(line + 3)))).to(WIDE)
-    correction2 = tl.sqrt(1 - tl.exp2(t * tl.load(line + 4))).to(WIDE)
-    eps = tl.load(line + 5).to(WIDE)
+    lr, decay = tl.load(line + _LR), tl.load(line + _DECAY)
+    decoupled = tl.load(line + _DECOUPLED) != 0
+    one_minus_beta1 = (1 - tl.load(line + _BETA1)).to(WIDE)
+    beta2 = tl.load(line + _BETA2).to(WIDE)
+    one_minus_beta2 = (1 - tl.load(line + _BETA2)).to(WIDE)
+    step_size = (lr / (1 - tl.exp2(t * tl.load(line + _LOG2_BETA1)))).to(WIDE)
+    correction2 = tl.sqrt(1 - tl.exp2(t * tl.load(line + _LOG2_BETA2))).to(WIDE)
+    eps = tl.load(line + _EPS).to(WIDE)
     factor = tl.where(decoupled, 1 - lr * decay, 1.0).to(WIDE)
     weight_decay = tl.where(decoupled, 0.0, decay).to(WIDE)
-    scale = tl.where(tl.load(line + 8) != 0, -scale, scale).to(WIDE)  # maximize
+    scale = tl.where(tl.load(line + _MAXIMIZE) != 0, -scale, scale).to(WIDE)
     limit = limit.to(WIDE)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -325,12 +318,12 @@ def _adam_range(
 @triton.jit
 def _scale_and_limit(scaling, sums):
     """What every gradient is multiplied by, clipping to a global norm included, and the magnitude it is limited to."""
-    clip = tl.minimum(1.0, tl.load(scaling + 1) / (tl.sqrt(tl.load(sums)) + 1e-6))
-    return tl.load(scaling) * clip, tl.load(scaling + 2)
+    clip = tl.minimum(1.0, tl.load(scaling + _MAX_NORM) / (tl.sqrt(tl.load(sums)) + 1e-6))
+    return tl.load(scaling + _GRAD_SCALE) * clip, tl.load(scaling + _CLIP_VALUE)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def restore_kernel(rows, chunks, n_rows, backup, W: tl.constexpr, BLOCK: tl.constexpr):
+def restore(rows, chunks, n_rows, backup, W: tl.constexpr, BLOCK: tl.constexpr):
     w, _, offset, _, _, climbed, _, count = find_chunk(rows, chunks, _reversed(), W)
     count = tl.where(climbed, count, 0)
     source = part(backup, offset)

@@ -29,7 +29,6 @@ from fastsam.curvature.products import METHODS, Hessian
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
 from fastsam.distributed import local, placed_like, processes
 from fastsam.optimizer import NORM_EPSILON, SharpnessAware
-from fastsam.untraced import untraced
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Estimate:
             raise ValueError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}")
 
 
-@untraced
 class EigenSAM(SharpnessAware):
     """Eigen-SAM around any ``torch.optim`` optimizer.
 
@@ -148,10 +146,6 @@ class EigenSAM(SharpnessAware):
                 found["state"][i] = {**entry, "eigenvector": nothing}
         return found
 
-    def second_step(self, zero_grad=False, **options):
-        super().second_step(zero_grad, **options)
-        self.param_groups[0]["steps"] += 1
-
     def eigenvector_due(self, step: int | None = None) -> bool:
         """Whether ``freq`` asks for a new estimate before this step: every ``freq`` steps, not at step 0.
 
@@ -204,6 +198,10 @@ class EigenSAM(SharpnessAware):
             raise RuntimeError("update_eigenvector() between first_step() and second_step(): call it before the step")
         eval_mode = self.estimate.eval_mode
         self._estimate(self._hessian(loss_fn, model, model is not None if eval_mode is None else eval_mode))
+
+    def _step_taken(self) -> None:
+        super()._step_taken()
+        self.param_groups[0]["steps"] += 1
 
     def _is_to_refresh(self, closure) -> bool:
         """Whether an estimate is due; not where the step is about to be refused."""

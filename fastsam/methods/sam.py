@@ -27,7 +27,8 @@ class SAM(SharpnessAware):
         rho: radius of the perturbation, in the units of the weights (of relative weights if adaptive); >= 0.
         adaptive: ASAM's ball instead of SAM's.
         backend: ``"auto"``, or a name from :func:`fastsam.backends`.
-        base_kwargs: arguments of the base optimizer (``lr``, ``momentum``, ...).
+        base_kwargs: arguments of the base optimizer (``lr``, ``momentum``, ...); also ``m_sharpness`` and
+            ``process_group``, for training on several processes (docs/distributed.md).
 
     Raises:
         ValueError: a hyper-parameter out of range, an unknown backend, an empty parameter list.

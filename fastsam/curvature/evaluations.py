@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastsam.curvature.backward_calls import backward_calls
-from fastsam.curvature.frozen import Frozen
 from fastsam.distributed import local, local_gradient, processes
+from fastsam.frozen import Frozen
 
 
-class Passes:
+class Evaluations:
     """Evaluates ``loss_fn``, on every one of ``batches`` if there are any, with the same random numbers each time.
 
     With ``closure`` it does its own backward pass, of the loss times ``loss_scale``. The gradients of ``params``

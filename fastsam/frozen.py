@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastsam.flatten import flat_gradients
-from fastsam.model_state import is_expanded
 
 
 class Frozen:
@@ -115,6 +114,13 @@ class Frozen:
                 dtype = torch.get_autocast_dtype(kind)
                 if self.autocast_dtype is None or torch.finfo(dtype).eps > torch.finfo(self.autocast_dtype).eps:
                     self.autocast_dtype = dtype
+
+
+def is_expanded(buffer: Tensor) -> bool:
+    """Whether elements share memory: torch refuses to write to it, so that it neither changes nor can be put back."""
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
+    )
 
 
 class Generators:
