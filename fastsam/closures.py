@@ -5,7 +5,9 @@
     accumulate(closure)   two passes over a micro-batch; its second gradients are added up in ``.grad``
     descend()             the update with what was accumulated
 
-Every one of them is a transaction: whatever exception leaves it, weights, state and gradients are as before.
+Every one of them is a transaction: whatever exception leaves it, weights and state are as before. Of gradients,
+``step`` leaves none, ``finish`` those it was called with unless it had climbed from them, and ``accumulate`` those
+of earlier micro-batches.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class ClosureSteps(Passes):
         """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
 
         It is evaluated twice, at w and at w + e, or once where ``rho`` is 0 in every group: w + e is w then. Gradients
-        are cleared before each pass and on return; the first loss is returned. With ``model`` the second pass leaves its buffers (BatchNorm's statistics) alone and
-        draws the dropout masks of the first, or fresh ones without ``shared_masks`` (see ``fastsam.model_state``).
+        are cleared before each pass and on return; the first loss is returned. With ``model`` the second pass leaves
+        its buffers (BatchNorm's statistics) alone and draws the dropout masks of the first, or fresh ones without
+        ``shared_masks`` (see ``fastsam.model_state``).
         ``options`` are those of :meth:`second_step`: ``grad_scaler``, ``max_norm``, ``clip_value``. Raises
         ``RuntimeError`` if gradients from elsewhere are present: they would be lost (see :meth:`finish`), and
         ``TypeError`` for a closure that is missing or returns no scalar loss.
@@ -82,6 +85,8 @@ class ClosureSteps(Passes):
         closure leaves its buffers alone; its masks are fresh, as nobody noted what the first pass drew.
         """
         _check_closure(closure, "finish")
+        if self._perturbed:
+            raise RuntimeError("finish(closure) between first_step() and second_step(): call second_step(), or restore()")
         if not any(p.grad is not None for p in self._every_parameter()):
             raise RuntimeError(
                 "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "

@@ -146,13 +146,15 @@ def test_a_closure_that_returns_nothing_is_refused(backend):
     assert torch.equal(problem.weights(), before[0]) and state_bits(optimizer, problem.params()) == before[1]
 
 
-def test_step_between_the_passes_is_refused(backend):
+@pytest.mark.parametrize("call", ["step", "finish", "accumulate"])
+def test_a_step_between_the_passes_is_refused_and_that_step_goes_on(backend, call):
     problem = mlp()
     optimizer = build_optimizer("SAM", "SGD", problem.params(), backend)
     problem.closure()
-    optimizer.first_step(zero_grad=True)
+    optimizer.first_step()
     with pytest.raises(RuntimeError, match="second_step"):
-        optimizer.step(problem.closure)
+        getattr(optimizer, call)(problem.closure)
+    optimizer.zero_grad()
     problem.closure()
     optimizer.second_step()
 
