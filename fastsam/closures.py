@@ -86,7 +86,7 @@ class ClosureSteps(Passes):
         """
         _check_closure(closure, "finish")
         if self._perturbed:
-            raise RuntimeError("finish(closure) between first_step() and second_step(): call second_step(), or restore()")
+            raise RuntimeError("finish(closure) between first_step() and second_step(): finish that step, or restore()")
         if not any(p.grad is not None for p in self._every_parameter()):
             raise RuntimeError(
                 "finish(closure) found no gradients: call loss.backward() first, or optimizer.step(closure), "
