@@ -107,8 +107,8 @@ class ClosureSteps(Passes):
     ):
         """One micro-batch of a step with a perturbation for each (m-sharpness); :meth:`descend` ends the step.
 
-        Climbs from the micro-batch's own gradients, evaluates ``closure`` again at w + e, restores w, and adds these
-        second gradients to ``.grad``. Divide the loss by the number of micro-batches for their mean. The first loss
+        Climbs from the micro-batch's own gradients, evaluates ``closure`` again at w + e (not where ``rho`` is 0, as in
+        :meth:`step`), restores w, and adds these second gradients to ``.grad``. Divide the loss by the number of micro-batches for their mean. The first loss
         is returned; ``model`` and ``shared_masks`` as in :meth:`step`. F-SAM's average is fed once a micro-batch:
         that is the batch of this perturbation: d = g - sigma m then subtracts like from like whatever the loss was
         divided by, and ``lmbda`` counts micro-batches. It becomes state in :meth:`descend`, for which it takes one more
@@ -142,10 +142,11 @@ class ClosureSteps(Passes):
             if passes is not None:
                 passes.check_parameters(self)
             self._climb(grad_scaler, so_far)
-            self._clear_gradients()
-            with contextlib.nullcontext() if passes is None else passes.second():
-                self._evaluate(closure)
-            refuse_unscaled(grad_scaler, self)
+            if not self._stands_still():
+                self._clear_gradients()
+                with contextlib.nullcontext() if passes is None else passes.second():
+                    self._evaluate(closure)
+                refuse_unscaled(grad_scaler, self)
             self._spaces.collect_gradients()
             with uninterrupted():
                 gradients.add_back()

@@ -54,6 +54,22 @@ def test_two_sweeps_over_the_micro_batches_are_the_big_batch(backend, method, ba
     torch.testing.assert_close(swept.weights(), whole.weights(), rtol=1e-10, atol=1e-11)
 
 
+def test_micro_batches_that_do_not_climb_are_evaluated_once(backend):
+    plain, problem, calls = mlp(), mlp(), []
+    base = torch.optim.SGD(plain.params(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = build_optimizer("SAM", "SGD momentum", problem.params(), backend, rho=0.0)
+    for _ in range(3):
+        base.zero_grad()
+        for closure in parts(plain):
+            closure()
+        base.step()
+        for closure in parts(problem):
+            optimizer.accumulate(lambda closure=closure: calls.append(0) or closure())
+        optimizer.descend(zero_grad=True)
+    assert len(calls) == 3 * PARTS
+    torch.testing.assert_close(problem.weights(), plain.weights(), rtol=1e-13, atol=1e-13)
+
+
 def m_sharpness(loop, problem):
     """A perturbation for each micro-batch, with the plain loop's first_step and a restore by hand."""
     total = [torch.zeros_like(p) for p in problem.params()]

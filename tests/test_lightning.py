@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, fp16):
 
 
 def test_batchnorm_counts_once_and_dropout_draws_the_same_masks(tmp_path):
-    module = Module(lambda p: SAM(p, torch.optim.SGD, rho=0.0, lr=0.0), dropout=0.5)
+    module = Module(lambda p: SAM(p, torch.optim.SGD, rho=1e-30, lr=0.0), dropout=0.5)
     trainer(tmp_path, SAMCallback(), accumulate_grad_batches=2).fit(module, loader(4))
     assert int(module.model.layers[1].num_batches_tracked) == 4
     outputs = module.model.outputs
