@@ -108,11 +108,12 @@ class ClosureSteps(Passes):
         """One micro-batch of a step with a perturbation for each (m-sharpness); :meth:`descend` ends the step.
 
         Climbs from the micro-batch's own gradients, evaluates ``closure`` again at w + e (not where ``rho`` is 0, as in
-        :meth:`step`), restores w, and adds these second gradients to ``.grad``. Divide the loss by the number of micro-batches for their mean. The first loss
-        is returned; ``model`` and ``shared_masks`` as in :meth:`step`. F-SAM's average is fed once a micro-batch:
-        that is the batch of this perturbation: d = g - sigma m then subtracts like from like whatever the loss was
-        divided by, and ``lmbda`` counts micro-batches. It becomes state in :meth:`descend`, for which it takes one more
-        weight-sized buffer. Eigen-SAM refreshes an eigenvector that is due before the first micro-batch of a step.
+        :meth:`step`), restores w, and adds these second gradients to ``.grad``. Divide the loss by the number of
+        micro-batches for their mean. The first loss is returned; ``model`` and ``shared_masks`` as in :meth:`step`.
+        F-SAM's average is fed once a micro-batch: that is the batch of this perturbation: d = g - sigma m then
+        subtracts like from like whatever the loss was divided by, and ``lmbda`` counts micro-batches. It becomes state
+        in :meth:`descend`, for which it takes one more weight-sized buffer. Eigen-SAM refreshes an eigenvector that is
+        due before the first micro-batch of a step.
 
         After any exception weights, state and accumulated gradients are as before the call. ``zero_grad()`` abandons
         what was accumulated. Raises ``RuntimeError`` for gradients from elsewhere, and as :meth:`first_step` does.
