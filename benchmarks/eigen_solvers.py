@@ -5,7 +5,7 @@
 
 products      Hessian-vector products to a relative residual of 1e-2, by power iteration and by Lanczos
 differences   cosine of finite differences with the exact product, in float32 and under bfloat16 autocast
-cost          training time of Eigen-SAM over SAM's, freq=100, in alternating blocks of steps
+cost          training time of Eigen-SAM over SAM's, freq=100, in alternating steps
 """
 
 from __future__ import annotations
@@ -131,29 +131,37 @@ def _cosines(model: nn.Module) -> list[dict]:
 
 
 def cost(seeds: int) -> list[dict]:
-    """The demo's ViT: blocks of 100 steps, SAM and both ways to use Eigen-SAM in turn.
+    """The demo's ViT: blocks of 100 steps, with one estimate each, SAM and both ways to use Eigen-SAM.
 
-    Wall time, and the processor's time of this process, which other work on the machine disturbs less.
+    They take turns step by step, so that a machine that changes speed does so for all of them; ratios are medians
+    of each block's. Wall time, and the processor's time of this process, which other work disturbs less.
     """
     model_settings = settings.MODELS["ViT"]
     digits = data.load(settings.DATA)
     runs = {name: _Training(name, model_settings, digits) for name in ("SAM", "Eigen-SAM, manual", "Eigen-SAM, step")}
-    for run in runs.values():
-        run.block()  # the first estimate, at step 100, is in no first block; caches and allocators are warm
     blocks = {name: [] for name in runs}
-    for _ in range(max(seeds, 5)):
-        for name, run in runs.items():
-            blocks[name].append(run.block())
-    medians = {name: [statistics.median(column) for column in zip(*b, strict=True)] for name, b in blocks.items()}
+    for _ in range(1 + max(seeds, 5)):
+        for run in blocks.values():
+            run.append([0.0, 0.0])
+        for _ in range(100):
+            for name, run in runs.items():
+                for i, seconds in enumerate(run.step()):
+                    blocks[name][-1][i] += seconds
+
+    def ratio(name: str, i: int) -> float:
+        return round(statistics.median(a[i] / b[i] for a, b in zip(blocks[name], blocks["SAM"], strict=True)), 4)
+
+    for run in blocks.values():
+        del run[0]  # without an estimate, and to warm up caches and allocators
     return [
         {
             "run": name,
             "seconds": [round(wall, 4) for wall, _ in blocks[name]],
             "cpu_seconds": [round(cpu, 4) for _, cpu in blocks[name]],
-            "ratio": round(wall / medians["SAM"][0], 4),
-            "cpu_ratio": round(cpu / medians["SAM"][1], 4),
+            "ratio": ratio(name, 0),
+            "cpu_ratio": ratio(name, 1),
         }
-        for name, (wall, cpu) in medians.items()
+        for name in runs
     ]
 
 
@@ -170,12 +178,12 @@ class _Training:
         self.batch = model_settings.batch_size
         self.generator = torch.Generator().manual_seed(0)
 
-    def block(self) -> tuple[float, float]:
-        """Seconds that 100 steps take, one estimate with them: wall time and processor time."""
+    def step(self) -> tuple[float, float]:
+        """Seconds that a step takes, and an estimate where one is due: wall time and processor time."""
+        i = torch.randint(0, len(self.digits.train_labels), (self.batch,), generator=self.generator)
+        x, y = self.digits.train_images[i], self.digits.train_labels[i]
         begin = time.perf_counter(), time.process_time()
-        for _ in range(100):
-            i = torch.randint(0, len(self.digits.train_labels), (self.batch,), generator=self.generator)
-            self._step(self.digits.train_images[i], self.digits.train_labels[i])
+        self._step(x, y)
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     def _step(self, x: torch.Tensor, y: torch.Tensor) -> None:
