@@ -68,13 +68,7 @@ class ClosureSteps(Passes):
         with self._ranks.failures_named(), self._own_gradients():
             with self._ranks.first_pass(model, closure):
                 loss = self._evaluate(closure)
-            if self._stands_still():
-                if passes is not None:
-                    passes.check_parameters(self)
-                self.first_step(grad_scaler=options.get("grad_scaler"))
-                self.second_step(zero_grad=True, **options)
-            else:
-                self._second_half(closure, passes, options)
+            self._second_half(None if self._stands_still() else closure, passes, options)
         return loss
 
     def finish(self, closure: Callable[[], Tensor], *, model: nn.Module | None = None, **options):
@@ -206,12 +200,15 @@ class ClosureSteps(Passes):
         return alone and all(isinstance(rho, (int, float)) and rho == 0 for rho in radii)
 
     def _second_half(self, closure, passes: TwoPasses | None, options: dict):
+        """From the first gradients on; returns the second loss. Without ``closure`` they are the second ones, too."""
+        loss = None
         with self._or_restored():
             if passes is not None:
                 passes.check_parameters(self)
-            self.first_step(zero_grad=True, grad_scaler=options.get("grad_scaler"))
-            with contextlib.nullcontext() if passes is None else passes.second():
-                loss = self._evaluate(closure)
+            self.first_step(zero_grad=closure is not None, grad_scaler=options.get("grad_scaler"))
+            if closure is not None:
+                with contextlib.nullcontext() if passes is None else passes.second():
+                    loss = self._evaluate(closure)
             self.second_step(zero_grad=True, **options)
         return loss
 

@@ -23,6 +23,13 @@ def recording(problem):
     return closure, calls
 
 
+def reference_step(loop, problem):
+    for step in (loop.first_step, loop.second_step):
+        loop.zero_grad()
+        problem.closure()
+        step()
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", METHODS)
 def test_step_evaluates_twice_and_returns_the_first_loss(backend, method, base):
@@ -38,10 +45,7 @@ def test_step_evaluates_twice_and_returns_the_first_loss(backend, method, base):
         assert torch.equal(calls[0][1], start) and not torch.equal(calls[1][1], start)
         assert [met_gradients for _, _, met_gradients in calls] == [False, False]
         assert all(p.grad is None or not p.grad.any() for p in problem.params())
-        for step in (loop.first_step, loop.second_step):
-            loop.zero_grad()
-            reference.closure()
-            step()
+        reference_step(loop, reference)
         torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-12, atol=1e-12)
 
 
@@ -59,10 +63,7 @@ def test_a_step_that_does_not_climb_costs_one_evaluation_and_feeds_the_average(b
         loss = optimizer.step(closure)
         assert len(calls) == 1 + k % 2 and loss.item() == calls[0][0]
         assert all(p.grad is None for p in problem.params())
-        for step in (loop.first_step, loop.second_step):
-            loop.zero_grad()
-            reference.closure()
-            step()
+        reference_step(loop, reference)
         torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-12, atol=1e-12)
 
 
@@ -106,10 +107,7 @@ def test_finish_takes_the_gradients_at_hand_as_the_first_pass(backend, method, b
         optimizer.finish(closure)
         assert len(calls) == 1 and not calls[0][2]
         assert all(p.grad is None or not p.grad.any() for p in problem.params())
-        for step in (loop.first_step, loop.second_step):
-            loop.zero_grad()
-            reference.closure()
-            step()
+        reference_step(loop, reference)
         torch.testing.assert_close(problem.weights(), reference.weights(), rtol=1e-12, atol=1e-12)
 
 

@@ -5,7 +5,8 @@
 //     Shared                                what thread 0 computes for its block
 //     prepare(args, piece) -> Shared
 //     run(args, piece, shared, thread)      one thread's elements
-//     finish(args, finished_last, thread)   after all of a block; finished_last says so of the last block
+//     finish(args, thread)                  of the block that ends last, if kFinishes
+//     kBlocks                               that a multiprocessor is to hold
 #pragma once
 
 #include <stdexcept>

@@ -9,10 +9,15 @@ from fastsam.kernels import device
 
 TAIL = tl.constexpr(512)  # elements of a block under a mask
 _VECTOR = tl.constexpr(16)  # bytes: the widest access
-_WEIGHT, _GRADIENT, _OFFSET, _, _GROUP, _PARAM, _CLIMBED, _KIND = map(tl.constexpr, range(len(device.ROW)))
-_ROW = tl.constexpr(len(device.ROW))
-_, _BEGIN, _COUNT = map(tl.constexpr, range(len(device.CHUNK)))
-_CHUNK = tl.constexpr(len(device.CHUNK))
+
+
+def columns(table):
+    """The place of each column, and at the end the length of a line."""
+    return [tl.constexpr(i) for i in range(len(table) + 1)]
+
+
+_WEIGHT, _GRADIENT, _OFFSET, _, _GROUP, _PARAM, _CLIMBED, _KIND, _ROW = columns(device.ROW)
+_, _BEGIN, _COUNT, _CHUNK = columns(device.CHUNK)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from fastsam.kernels import device
 from fastsam.kernels.triton_access import (
     TAIL,
+    columns,
     copy,
     find_chunk,
     full_blocks,
@@ -22,17 +23,11 @@ from fastsam.kernels.triton_access import (
     store,
 )  # fmt: skip
 
-
-def _columns(table):
-    """The place of each column, and at the end the length of a line."""
-    return [tl.constexpr(i) for i in range(len(table) + 1)]
-
-
-_, _GRADIENT, *_, _PARAM, _, _, _ROW = _columns(device.ROW)
-_RHO, _ALPHA, _SIGMA, _LMBDA, _ADAPTIVE, _ASCENT = _columns(device.ASCENT)
-_SGD_LR, _MOMENTUM, _DAMPENING, _SGD_DECAY, _NESTEROV, _SGD_MAXIMIZE, _SGD = _columns(device.SGD)
-_LR, _BETA1, _BETA2, _LOG2_BETA1, _LOG2_BETA2, _EPS, _DECAY, _DECOUPLED, _MAXIMIZE, _ADAM = _columns(device.ADAM)
-_GRAD_SCALE, _MAX_NORM, _CLIP_VALUE, _ = _columns(device.SCALING)
+_, _GRADIENT, *_, _PARAM, _, _, _ROW = columns(device.ROW)
+_RHO, _ALPHA, _SIGMA, _LMBDA, _ADAPTIVE, _ASCENT = columns(device.ASCENT)
+_SGD_LR, _MOMENTUM, _DAMPENING, _SGD_DECAY, _NESTEROV, _SGD_MAXIMIZE, _SGD = columns(device.SGD)
+_LR, _BETA1, _BETA2, _LOG2_BETA1, _LOG2_BETA2, _EPS, _DECAY, _DECOUPLED, _MAXIMIZE, _ADAM = columns(device.ADAM)
+_GRAD_SCALE, _MAX_NORM, _CLIP_VALUE, _ = columns(device.SCALING)
 _EPSILON = tl.constexpr(1e-12)  # added to every norm before a division
 _INF = tl.constexpr(float("inf"))
 
