@@ -235,6 +235,12 @@ def test_clipping(options, base):
     assert_same_rounding(*records, torch.float32)
 
 
+@pytest.mark.parametrize("method", ["F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v"])
+def test_finite_gradients_whose_squares_float32_cannot_hold_are_no_overflow(method):
+    optimizer = compare(method, "SGD", torch.float32, edit=lambda passes: [[g * 1e25 for g in p] for p in passes])
+    assert optimizer.found_inf == 0
+
+
 def test_gradients_are_unscaled_as_they_are_read():
     spaces = []
     for name in ("triton", "torch"):

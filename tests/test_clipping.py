@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import build_optimizer, build_reference, mlp
-from reference.scripted import bits
+from reference.scripted import bits, like
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from fastsam import SAM
@@ -46,6 +46,21 @@ def test_torchs_own_function_between_the_passes_keeps_working(backend, kind):
     CLIPPERS[kind](outside.params(), 0.01)
     other.second_step()
     torch.testing.assert_close(inside.weights(), outside.weights(), rtol=1e-12, atol=1e-13)
+
+
+def test_finite_gradients_whose_squares_float32_cannot_hold_are_no_overflow(backend):
+    p = torch.nn.Parameter(like(torch.zeros(9000), 1))
+    before, g = p.detach().clone(), like(p, 2)
+    g[[5, 4000, 8999]] *= 1e25
+    optimizer = SAM([p], torch.optim.SGD, rho=0.5, lr=0.1, backend=backend)
+    p.grad = g.clone()
+    optimizer.first_step()
+    step = (g.double() / g.double().norm()).float()
+    torch.testing.assert_close(p.detach() - before, 0.5 * step, rtol=1e-4, atol=1e-6)
+    p.grad = g.clone()
+    optimizer.second_step(max_norm=2.0)
+    assert optimizer.found_inf == 0
+    torch.testing.assert_close(p.detach(), before - 0.1 * 2.0 * step)
 
 
 def test_the_norm_is_global_over_groups_that_do_not_climb(backend):

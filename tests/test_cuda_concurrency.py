@@ -34,6 +34,8 @@ class Mutation(NamedTuple):
 
 
 FOLD = "    __syncthreads();\n    fold("
+READ = "  const Sums sums = lanes[0];\n"
+TOTAL = "    if (threadIdx.x == 0) put(a.sums,"
 FENCE = "    __threadfence();\n"
 COUNT = "    last = atomicAdd(counter, 1) == blocks - 1;\n"
 FINISH = "finished_last(args.counter, gridDim.x)"
@@ -42,10 +44,12 @@ MUTATIONS = {
         "launch.cuh", "  __syncthreads();\n  P::run", "  P::run", "descend_sgd.cu"
     ),
     "no barrier between the steps of a sum": Mutation("gram.cu", FOLD, "    fold("),
+    "no barrier before all read the sum": Mutation("gram.cu", f"  __syncthreads();\n{READ}", READ),
+    "no barrier between two sums": Mutation("gram.cu", f"{READ}  __syncthreads();\n", READ),
     "a barrier for some threads": Mutation(
         "gram.cu",
-        FOLD,
-        f"    if (threadIdx.x < 2 * half) {FOLD}",
+        TOTAL,
+        TOTAL.replace("put", "__syncthreads(), put"),
         notice="a barrier that only some threads of a block come to",
     ),
     "no barrier before a block counts": Mutation("launch.cuh", "last;\n  __syncthreads();\n", "last;\n", "driver.cpp"),

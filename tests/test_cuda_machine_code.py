@@ -25,8 +25,8 @@ REGISTER_FILE = 65536  # registers of a multiprocessor, on every architecture so
 # Accesses of 16 bytes in a kernel whose gradients have the weights' type: those of the full-chunk path, so the bytes
 # moved for each element, and those of the plain copies for steps that do not count.
 VECTORS = {
-    # loads: <g,g> alone two at a time and one for the rest; in general g, m, v, w
-    "gram": {"loads": 3 + 4, "stores": 0, "past the caches": 0},
+    # loads: <g,g> alone four at a time and one for the rest; in general g, m, v, w
+    "gram": {"loads": 5 + 4, "stores": 0, "past the caches": 0},
     # loads g, w, m, v and w; stores w, backup, m and backup
     "climb": {"loads": 4 + 1, "stores": 1 + 1, "past the caches": 2},
     # loads backup, g, momentum, and backup, m; stores w, momentum, and w, m
@@ -167,6 +167,14 @@ def test_products_and_sums_are_not_contracted(architecture):
         if name in ("climb", "descend_sgd") and weights != "double":
             assert accesses(counts, "FMUL") >= 4
             assert accesses(counts, "FFMA") < 4, (name, weights)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_go_to_double_once_for_each_access_not_for_each_element(architecture):
+    """Eight halves to an access, then, and four floats take the same number of conversions."""
+    found = {weights: counts for (name, weights, mixed), counts in of(architecture, instructions) if name == "gram"}
+    conversions = {weights: accesses(counts, "F2F", "F64", "F32") for weights, counts in found.items()}
+    assert 0 < conversions["bfloat16"] == conversions["float16"] == conversions["float"], conversions
 
 
 def test_the_newest_architecture_is_there_as_ptx_too():

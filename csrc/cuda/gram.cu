@@ -14,28 +14,40 @@ FASTSAM_INLINE void add(Sums& a, const Sums& b) {
   a.vv += b.vv;
 }
 
-// sum + <a, b>. The product of two floats is exact in double.
-template <class S, int N>
+// sum + <a, b>, the products of one access added up in F.
+template <class F, class S, int N>
 FASTSAM_INLINE double plus_products(double sum, const Values<S, N>& a, const Values<S, N>& b) {
+  F few = 0;
   FASTSAM_UNROLL
-  for (int k = 0; k < N; ++k) sum = fma(double(a.at[k]), double(b.at[k]), sum);
-  return sum;
+  for (int k = 0; k < N; ++k) few = fma(F(a.at[k]), F(b.at[k]), few);
+  return sum + few;
 }
 
 template <class W, class G>
 struct Gram {
   using S = Scalar<W>;
+  template <class F> static constexpr int kWidthOf = std::is_same_v<F, S> ? kWidth<W> : 1;  // fewer registers
 
-  // One thread's part of one chunk.
-  static FASTSAM_INLINE void run(const GramArgs& a, const Piece& p, Sums& sums, int thread) {
+  // One thread's part of the chunks of one block, the products of one access added up in F.
+  template <class F>
+  static FASTSAM_INLINE Sums of_block(const GramArgs& a, int block, int blocks, int thread) {
+    Sums sums = {0, 0, 0};
+    FASTSAM_ROLLED
+    for (int c = block; c < a.table.n_chunks; c += blocks) add_chunk<F>(a, piece(a.table, c, sizeof(W)), sums, thread);
+    return sums;
+  }
+
+ private:
+  template <class F>
+  static FASTSAM_INLINE void add_chunk(const GramArgs& a, const Piece& p, Sums& sums, int thread) {
     if (!p.g) return;
     const AscentGroup* h = a.groups ? a.groups + p.group : nullptr;
     const S scale = S(a.scaling->grad_scale), sigma = S(h ? h->sigma : 0.0);
     const W* w = a.weighted && h->adaptive != 0 ? reinterpret_cast<const W*>(p.w) : nullptr;
     const W *m = part<W>(a.ema, p), *v = part<W>(a.vector, p);
-    if (!m && !v && !w) return norm(p, scale, sums, thread);
+    if (std::is_same_v<F, S> && !m && !v && !w) return norm(p, scale, sums, thread);
     const uint64_t addresses = address(w) | address(p.g) | address(m) | address(v);
-    for_elements<kWidth<W>>(thread, p.count, addresses, [&](int i, auto width) {
+    for_elements<kWidthOf<F>>(thread, p.count, addresses, [&](int i, auto width) {
       constexpr int N = decltype(width)::value;
       Values<S, N> d = Gradient<G, N>::load(p.g, p.gradient_type, i);
       Raw<W, N> average, other, weight;
@@ -52,37 +64,39 @@ struct Gram {
       }
       if (v) {
         const Values<S, N> x = widened<W, N>(other);
-        sums.dv = plus_products(sums.dv, d, x);
-        sums.vv = plus_products(sums.vv, x, x);
+        sums.dv = plus_products<F>(sums.dv, d, x);
+        sums.vv = plus_products<F>(sums.vv, x, x);
       }
       if (w) {
         const Values<S, N> x = widened<W, N>(weight);
         FASTSAM_UNROLL
         for (int k = 0; k < N; ++k) d.at[k] = d.at[k] * x.at[k];
       }
-      sums.dd = plus_products(sums.dd, d, d);
+      sums.dd = plus_products<F>(sums.dd, d, d);
     });
   }
 
-  // <g,g>, where nothing else is read: two vectors are under way at a time.
+  // <g,g>, where nothing else is read: four vectors are under way at a time.
   static FASTSAM_INLINE void norm(const Piece& p, S scale, Sums& sums, int thread) {
-    constexpr int N = kWidth<W>, kStep = kThreads * N;
+    constexpr int N = kWidth<W>, kStep = kThreads * N, kTogether = 4;
     const auto square = [&](auto g, auto width) {
       constexpr int n = decltype(width)::value;
       FASTSAM_UNROLL
       for (int k = 0; k < n; ++k) g.at[k] = g.at[k] * scale;
-      sums.dd = plus_products(sums.dd, g, g);
+      sums.dd = plus_products<S>(sums.dd, g, g);
     };
     const int whole = vector_count(p.count, N, address(p.g));
     int i = thread * N;
     FASTSAM_ROLLED
-    for (; i + kStep < whole; i += 2 * kStep) {
-      const Values<S, N> near = Gradient<G, N>::load(p.g, p.gradient_type, i);
-      const Values<S, N> far = Gradient<G, N>::load(p.g, p.gradient_type, i + kStep);
-      square(near, Int<N>{});
-      square(far, Int<N>{});
+    for (; i + (kTogether - 1) * kStep < whole; i += kTogether * kStep) {
+      Values<S, N> g[kTogether];
+      FASTSAM_UNROLL
+      for (int j = 0; j < kTogether; ++j) g[j] = Gradient<G, N>::load(p.g, p.gradient_type, i + j * kStep);
+      FASTSAM_UNROLL
+      for (int j = 0; j < kTogether; ++j) square(g[j], Int<N>{});
     }
-    if (i < whole) square(Gradient<G, N>::load(p.g, p.gradient_type, i), Int<N>{});
+    FASTSAM_ROLLED
+    for (; i < whole; i += kStep) square(Gradient<G, N>::load(p.g, p.gradient_type, i), Int<N>{});
     FASTSAM_ROLLED
     for (i = whole + thread; i < p.count; i += kThreads) square(Gradient<G, 1>::load(p.g, p.gradient_type, i), Int<1>{});
   }
@@ -122,33 +136,43 @@ FASTSAM_INLINE void put(double* at, int stride, const Sums& sums) {
   at[2 * stride] = sums.vv;
 }
 
+// What add(F{}) adds up in the weights' own precision or, where that overflows, in double: few GPUs do more than one
+// operation in double in the time of 64 in float. What float loses at its lower end is nothing beside a norm's epsilon.
+template <class W, class Add>
+FASTSAM_INLINE Sums without_overflow(Add add) {
+  const Sums sums = add(Scalar<W>{});
+  if (std::is_same_v<Scalar<W>, double> || is_finite(sums.dd + sums.dv + sums.vv)) return sums;
+  return add(double{});
+}
+
 // Sums that have to be finite for these to be: 0 times infinity is NaN.
 FASTSAM_INLINE Sums carried(Sums sums, const double* met) {
   if (met) add(sums, {0 * met[0], 0 * met[1], 0 * met[2]});
   return sums;
 }
 
-__device__ __forceinline__ void fold_block(Sums* lanes) {
+// The sum over a block, for all its threads; what is in `lanes` need not outlive it.
+__device__ __forceinline__ Sums over_threads(Sums* lanes, const Sums& part) {
+  lanes[threadIdx.x] = part;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     fold(lanes, threadIdx.x, half);
   }
+  __syncthreads();
+  const Sums sums = lanes[0];
+  __syncthreads();
+  return sums;
 }
 
 template <class W, class G>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<W, G>) gram_kernel(const __grid_constant__ GramArgs a) {
   __shared__ Sums lanes[kThreads];
-  Sums sums = {0, 0, 0};
-  FASTSAM_ROLLED
-  for (int c = blockIdx.x; c < a.table.n_chunks; c += gridDim.x)
-    Gram<W, G>::run(a, piece(a.table, c, sizeof(W)), sums, threadIdx.x);
-  lanes[threadIdx.x] = sums;
-  fold_block(lanes);
-  if (threadIdx.x == 0) put(a.partials + blockIdx.x, gridDim.x, lanes[0]);
+  const Sums sums = without_overflow<W>(
+      [&](auto f) { return over_threads(lanes, Gram<W, G>::template of_block<decltype(f)>(a, blockIdx.x, gridDim.x, threadIdx.x)); });
+  if (threadIdx.x == 0) put(a.partials + blockIdx.x, gridDim.x, sums);
   if (finished_last(a.counter, gridDim.x)) {
-    lanes[threadIdx.x] = over_blocks(a, gridDim.x, threadIdx.x);
-    fold_block(lanes);
-    if (threadIdx.x == 0) put(a.sums, 1, carried(lanes[0], a.met));
+    const Sums total = over_threads(lanes, over_blocks(a, gridDim.x, threadIdx.x));
+    if (threadIdx.x == 0) put(a.sums, 1, carried(total, a.met));
   }
 }
 
@@ -165,11 +189,8 @@ Sums block_on_host(Part part) {
 template <class W, class G>
 void gram_on_host(const GramArgs& a, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    const Sums sums = block_on_host([&](int thread) {
-      Sums sums = {0, 0, 0};
-      for (int c = block; c < a.table.n_chunks; c += blocks)
-        Gram<W, G>::run(a, piece(a.table, c, sizeof(W)), sums, thread);
-      return sums;
+    const Sums sums = without_overflow<W>([&](auto f) {
+      return block_on_host([&](int thread) { return Gram<W, G>::template of_block<decltype(f)>(a, block, blocks, thread); });
     });
     put(a.partials + block, blocks, sums);
   }

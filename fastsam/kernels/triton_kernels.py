@@ -56,19 +56,26 @@ def gram(
         line = hyper + _ASCENT * group
         sigma, adaptive = tl.load(line + _SIGMA), tl.load(line + _ADAPTIVE) != 0
 
+    WIDE: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     full = full_blocks(count, w | g | m | v, BLOCK)
     dd, dv, vv = _gram_range(
         0, full, w, g, m, v, scale, sigma, adaptive, kind,
-        ema is not None, vector is not None, WEIGHTED, W, G, BLOCK, True,
+        ema is not None, vector is not None, WEIGHTED, W, G, WIDE, BLOCK, True,
     )  # fmt: skip
     if full < count:
         tail_dd, tail_dv, tail_vv = _gram_range(
             full, count, w, g, m, v, scale, sigma, adaptive, kind,
-            ema is not None, vector is not None, WEIGHTED, W, G, TAIL, False,
+            ema is not None, vector is not None, WEIGHTED, W, G, WIDE, TAIL, False,
         )  # fmt: skip
         dd += tail_dd
         dv += tail_dv
         vv += tail_vv
+    if WIDE == tl.float32:  # few GPUs do more than one operation in float64 in the time of 64: for what overflows
+        if (dd + dv + vv) * 0 != 0:
+            dd, dv, vv = _gram_range(
+                0, count, w, g, m, v, scale, sigma, adaptive, kind,
+                ema is not None, vector is not None, WEIGHTED, W, G, tl.float64, TAIL, False,
+            )  # fmt: skip
 
     SUMS: tl.constexpr = 1 if vector is None else 3  # the others are 0: the last program's work is behind all others'
     tl.store(partials + i, dd)
@@ -89,9 +96,8 @@ def gram(
 def _gram_range(
     begin, end, w, g, m, v, scale, sigma, adaptive, kind,
     EMA: tl.constexpr, VECTOR: tl.constexpr, WEIGHTED: tl.constexpr,
-    W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+    W: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    WIDE: tl.constexpr = tl.float64 if W == tl.float64 else tl.float32
     dd = tl.zeros((BLOCK,), WIDE)
     dv = tl.zeros((BLOCK,), WIDE)
     vv = tl.zeros((BLOCK,), WIDE)
