@@ -123,7 +123,7 @@ def _gram_range(
 @triton.jit
 def _total(partials, n):
     """The sum of n float64 numbers, in an order that depends on n alone."""
-    WIDTH: tl.constexpr = 1024
+    WIDTH: tl.constexpr = 2048
     lanes = tl.zeros((WIDTH,), tl.float64)
     for start in range(0, n, WIDTH):
         at = start + tl.arange(0, WIDTH)
