@@ -12,7 +12,14 @@ from reference.scripted import noise, state_bits
 
 import fastsam
 
-ALL_METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v", "Eigen-SAM own v"]
+ALL_METHODS = [
+    "SAM",
+    "ASAM",
+    "F-SAM sigma=0.5 lmbda=0.9",
+    "Eigen-SAM given v",
+    "F-SAM + Eigen-SAM given v",
+    "Eigen-SAM own v",
+]
 BASES = ["SGD momentum", "AdamW", "RMSprop"]
 
 

@@ -18,7 +18,14 @@ import fastsam
 
 FAST_BACKENDS = ["cpu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SOME_METHODS = ["SAM", "ASAM", "F-SAM sigma=0.5 lmbda=0.9", "Eigen-SAM given v", "adaptive Eigen-SAM given v"]
+SOME_METHODS = [
+    "SAM",
+    "ASAM",
+    "F-SAM sigma=0.5 lmbda=0.9",
+    "Eigen-SAM given v",
+    "adaptive Eigen-SAM given v",
+    "F-SAM + Eigen-SAM given v",
+]
 SOME_BASES = ["SGD momentum", "AdamW"]
 
 

@@ -110,14 +110,17 @@ class EigenSAM(SharpnessAware):
         estimate: Estimate | None = None,
         **base_kwargs,
     ):
+        self._plan_estimates(freq, estimate)
+        defaults = dict(rho=rho, alpha=alpha, freq=freq, adaptive=adaptive, steps=0)
+        super().__init__(params, base_optimizer, defaults, backend, base_kwargs)
+
+    def _plan_estimates(self, freq: int, estimate: Estimate | None) -> None:
         _check_freq(freq)
         if not isinstance(estimate, (Estimate, type(None))):
             raise TypeError(f"estimate={estimate!r} must be a fastsam.methods.eigen.Estimate, or None")
         self.estimate = estimate or Estimate()
         self.last_estimate: Eigenpairs | None = None
         self._no_second_derivative = self._warned_of_sign = False
-        defaults = dict(rho=rho, alpha=alpha, freq=freq, adaptive=adaptive, steps=0)
-        super().__init__(params, base_optimizer, defaults, backend, base_kwargs)
 
     def coefficients(self, dd, dv, vv, group):
         norm = dd**0.5 + NORM_EPSILON

@@ -55,5 +55,9 @@ class FriendlySAM(SAM):
 
     def check_group(self, group):
         super().check_group(group)
-        at_least(0, "sigma", group["sigma"])
-        in_range(0, 1, "lmbda", group["lmbda"])
+        check_average(group)
+
+
+def check_average(group):
+    at_least(0, "sigma", group["sigma"])
+    in_range(0, 1, "lmbda", group["lmbda"])

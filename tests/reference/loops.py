@@ -115,14 +115,14 @@ class ReferenceEigenSAM(ReferenceSAM):
     def perturbations(self, climbing):
         if self.eigenvector is None:
             return super().perturbations(climbing)
+        directions = self.directions(climbing)
         place = {p: i for i, p in enumerate(q for group in self.param_groups for q in group["params"])}
         v = [self.eigenvector[place[p]] for _, p in climbing]
-        g = [p.grad for _, p in climbing]
-        norm = total_norm(g) + TINY
-        alignment = sum((a * b).sum() for a, b in zip(g, v, strict=True))
+        norm = total_norm(directions) + TINY
+        alignment = sum((a * b).sum() for a, b in zip(directions, v, strict=True))
         result = []
-        for (group, p), g_part, v_part in zip(climbing, g, v, strict=True):
-            u = g_part / norm
+        for (group, p), d, v_part in zip(climbing, directions, v, strict=True):
+            u = d / norm
             orthogonal = v_part - (alignment / norm) * u
             alpha, rho = self.setting(group, "alpha"), self.setting(group, "rho")
             e = rho * (u + alpha * alignment.sign() * orthogonal)
@@ -141,3 +141,12 @@ class ReferenceEigenSAM(ReferenceSAM):
             v = [h / length for h in product]
         model.train()
         self.eigenvector = v
+
+
+class ReferenceFriendlyEigenSAM(ReferenceEigenSAM, ReferenceFriendlySAM):
+    """Eigen-SAM along F-SAM's direction: a combination without authors."""
+
+    def __init__(self, params, base_optimizer, rho=0.05, sigma=1.0, lmbda=0.9, alpha=0.2, freq=100, **kwargs):
+        ReferenceFriendlySAM.__init__(self, params, base_optimizer, rho, sigma, lmbda, **kwargs)
+        self.hyper.update(alpha=alpha)
+        self.freq, self.steps, self.eigenvector = freq, 0, None

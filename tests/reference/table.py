@@ -6,7 +6,7 @@ import torch
 
 import fastsam
 
-from .loops import ReferenceEigenSAM, ReferenceFriendlySAM, ReferenceSAM
+from .loops import ReferenceEigenSAM, ReferenceFriendlyEigenSAM, ReferenceFriendlySAM, ReferenceSAM
 
 
 class Method(NamedTuple):
@@ -41,6 +41,9 @@ METHODS = {
     "adaptive F-SAM": _friendly(rho=0.5, adaptive=True),
     "Eigen-SAM given v": Method("EigenSAM", ReferenceEigenSAM, {"alpha": 0.2}, "given"),
     "adaptive Eigen-SAM given v": Method("EigenSAM", ReferenceEigenSAM, {"alpha": 0.2, "adaptive": True}, "given"),
+    "F-SAM + Eigen-SAM given v": Method(
+        "FriendlyEigenSAM", ReferenceFriendlyEigenSAM, {"sigma": 0.5, "lmbda": 0.8, "alpha": 0.2}, "given"
+    ),
     "Eigen-SAM own v": Method("EigenSAM", ReferenceEigenSAM, {"alpha": 0.2, "freq": 20}, "own"),
 }
 
