@@ -37,3 +37,12 @@ def _number(name: str, value):
     except (TypeError, RuntimeError, ValueError):
         raise ValueError(f"{name}={value!r} must be a number") from None
     return value
+
+
+def check_real(p: Tensor) -> None:
+    """Raises ``TypeError`` for a parameter that cannot be perturbed."""
+    if not p.is_floating_point():
+        raise TypeError(
+            f"{describe(p)} has dtype {p.dtype}; only real floating-point parameters can be perturbed, "
+            "leave it out of the groups"
+        )

@@ -40,7 +40,10 @@ class Addresses:
     def check(self) -> None:
         """Raises ``RuntimeError`` if anything is elsewhere than when the step was captured."""
         if self._group_structure() != self._groups:
-            raise RuntimeError(f"the optimizer's groups have other parameters than when the step was captured: {AGAIN}")
+            raise RuntimeError(
+                "the optimizer's groups have other parameters than when the step was captured, or others of them are "
+                f"frozen: {AGAIN}"
+            )
         pointers = list(map(Tensor.data_ptr, self._params))
         if pointers != self._pointers:
             moved = next(p for p, a, b in zip(self._params, pointers, self._pointers, strict=True) if a != b)
@@ -56,7 +59,8 @@ class Addresses:
             raise RuntimeError(f"the step was captured with the model in {was} mode, and it is in {now} mode now")
 
     def _group_structure(self) -> list:
-        return [(bool(g["perturb"]), *map(id, g["params"])) for g in self._optimizer.param_groups]
+        groups = self._optimizer.param_groups
+        return [(bool(g["perturb"]), *((id(p), p.requires_grad) for p in g["params"])) for g in groups]
 
 
 class Unchanged:

@@ -21,11 +21,11 @@ from torch.amp import GradScaler
 
 from fastsam.amp import forget_pass
 from fastsam.checkpoint import checked, in_this_layout
-from fastsam.checks import describe, flag
+from fastsam.checks import check_real, flag
 from fastsam.closures import ClosureSteps
 from fastsam.distributed import Ranks
 from fastsam.passes import Accumulated
-from fastsam.spaces import Spaces
+from fastsam.spaces import Spaces, takes_part
 
 #: Added to every norm before a division, as the authors of SAM do.
 NORM_EPSILON = 1e-12
@@ -198,11 +198,8 @@ class SharpnessAware(ClosureSteps):
             flag("perturb", group["perturb"])
             self._ranks.check_parameters(group["params"])
             for p in group["params"]:
-                if not p.is_floating_point():
-                    raise TypeError(
-                        f"{describe(p)} has dtype {p.dtype}; only real floating-point parameters can be perturbed, "
-                        "leave it out of the groups"
-                    )
+                if takes_part(p) or not isinstance(p, torch.nn.Parameter):  # a layer may keep frozen integers
+                    check_real(p)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise

@@ -7,8 +7,14 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from fastsam import kernels
+from fastsam.checks import check_real
 from fastsam.distributed import Ranks, local, shard_groups
 from fastsam.flat import FlatSpace
+
+
+def takes_part(p: Tensor) -> bool:
+    """Whether an optimizer may have to do something with p: it is not frozen, or has a gradient all the same."""
+    return p.requires_grad or p.grad is not None
 
 
 class Spaces:
@@ -20,24 +26,33 @@ class Spaces:
         self.ranks = ranks
         self._spaces: list[FlatSpace] = []
         self._members: list | None = None
+        self._idle: list[Tensor] = []
         self._entries: list[int] | None = None
 
     def __iter__(self) -> Iterator[FlatSpace]:
         return iter(self._spaces)
 
     def refresh(self, groups: Sequence[dict], state) -> None:
-        """Rebuilds the spaces if parameters were added, replaced, moved or changed since they were built."""
+        """Rebuilds the spaces if parameters were added, replaced, moved, changed or unfrozen since they were built.
+
+        Frozen parameters have no part in them, so that no buffer has room for them.
+        """
         members = [(list(map(id, group["params"])), bool(group["perturb"])) for group in groups]
-        if members != self._members or not all(space.still_fits() for space in self._spaces):
+        if members != self._members or any(map(takes_part, self._idle)) or not self._still_fit():
             split: dict[tuple, dict[Tensor, int]] = {}
+            idle = []
             for g, group in enumerate(groups):
                 for p in group["params"]:
+                    if not takes_part(p):
+                        idle.append(p)
+                        continue
+                    check_real(p)
                     key = (p.device, p.dtype, bool(group["perturb"]), shard_groups(p))
                     split.setdefault(key, {}).setdefault(p, g)
             spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
             for space in spaces:
                 space.kernels = kernels.choose(self.backend, space.device, space.dtype)
-            self._spaces, self._members, self._entries = spaces, members, None
+            self._spaces, self._members, self._idle, self._entries = spaces, members, idle, None
             self.ranks.forget()
         self.find_states(state)
 
@@ -48,6 +63,9 @@ class Spaces:
             for space in self._spaces:
                 space.find_states(state)
             self._entries = entries
+
+    def _still_fit(self) -> bool:
+        return all(space.still_fits() for space in self._spaces)
 
     def publish(self, space: FlatSpace, state, name: str, buffer, which: Sequence[bool]) -> None:
         """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters of ``space`` that ``which`` marks."""
@@ -68,7 +86,7 @@ class Spaces:
 
     def follow(self) -> None:
         """Between the passes: follows weights that moved, and raises ``RuntimeError`` for any other change."""
-        if not all(space.still_fits() for space in self._spaces):
+        if not self._still_fit():
             raise RuntimeError(
                 "a parameter changed its shape, strides, dtype or device between first_step() and second_step(); "
                 "change the model between steps"
@@ -76,6 +94,11 @@ class Spaces:
 
     def collect_gradients(self) -> None:
         """Reads every gradient; raises, before anything changes, for one that cannot be used."""
+        if any(p.grad is not None for p in self._idle):
+            raise RuntimeError(
+                "a parameter that was frozen in the first pass of this step has a gradient in the second: "
+                "unfreeze parameters between steps"
+            )
         for space in self._spaces:
             space.collect_gradients()
 

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+import fastsam
 from fastsam import FriendlySAM
 
 WEIGHT_MB = 192
@@ -72,6 +73,24 @@ def test_peak_memory_is_the_base_optimizers_plus_the_buffers(cpu, base, method):
 
 def test_the_weights_are_as_large_as_this_file_says():
     assert 64 * torch.Size((1 << 18, 3)).numel() * 4 == WEIGHT_MB * 2**20
+
+
+@pytest.mark.parametrize("method", ["FriendlySAM", "EigenSAM"])
+def test_frozen_parameters_take_no_memory(backend, method):
+    """A backbone whose head is trained: model.parameters() is what scripts hand over."""
+    backbone, head = torch.nn.Parameter(torch.randn(1 << 16), requires_grad=False), torch.nn.Parameter(torch.randn(5))
+    whole_numbers = torch.nn.Parameter(torch.ones(1 << 16, dtype=torch.uint8), requires_grad=False)  # quantised
+    params = [backbone, head, whole_numbers]
+    optimizer = getattr(fastsam, method)(params, torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend)
+    if method == "EigenSAM":
+        optimizer.eigenvector = [torch.ones(1).expand_as(p) for p in (backbone, head, backbone)]
+    head.grad = torch.randn(5)
+    optimizer.first_step()
+    optimizer.second_step()
+    assert set(optimizer.state) == {head}
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in optimizer.state[head].values()}
+    assert len(kept) == 2
+    assert sum(kept.values()) < 1000
 
 
 @pytest.mark.parametrize("step", ["first_step", "second_step"])

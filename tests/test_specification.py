@@ -263,6 +263,44 @@ def test_a_group_added_later_joins_in(backend, base, method):
     assert_same_rounding(*records, torch.float64, slack=16)
 
 
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("method", SOME_METHODS)
+def test_parameters_are_frozen_and_unfrozen_between_steps(backend, base, method):
+    trained_at = [[1, 2], [1, 2], [0, 1, 2], [0, 2], [0, 1, 2], [2]]  # of every three parameters, by step
+    ends = []
+    for build, extra in ((build_optimizer, (backend,)), (build_reference, ())):
+        problem = mlp()
+        params = problem.params()
+        optimizer = build(method, base, params, *extra)
+        for k, trained in enumerate(trained_at):
+            for i, p in enumerate(params):
+                p.requires_grad_(i % 3 in trained)
+            if k == 0 and "Eigen-SAM" in method:
+                optimizer.eigenvector = [like(p.detach(), i) * 0.02 * p.requires_grad for i, p in enumerate(params)]
+            for step in (optimizer.first_step, optimizer.second_step):
+                for p in params:
+                    p.grad = None
+                problem.closure()
+                step()
+        ends.append(copies(params))
+    assert_same_rounding(ends[:1], ends[1:], torch.float64, slack=100)
+
+
+def test_a_parameter_unfrozen_between_the_passes_is_an_error_and_the_weights_are_back(backend):
+    problem = mlp()
+    first, *_ = problem.params()
+    first.requires_grad_(False)
+    start = problem.weights()
+    optimizer = build_optimizer("SAM", "SGD", problem.params(), backend)
+    problem.closure()
+    optimizer.first_step()
+    first.requires_grad_(True)
+    problem.closure()
+    with pytest.raises(RuntimeError, match="frozen in the first pass"):
+        optimizer.second_step()
+    assert torch.equal(problem.weights(), start)
+
+
 @pytest.mark.parametrize("method", ["SAM", "F-SAM sigma=1.0 lmbda=0.9"])
 def test_flatten_parameters_changes_nothing_but_the_memory(backend, method):
     plain, flat = mlp(), mlp()

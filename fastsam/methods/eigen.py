@@ -29,6 +29,7 @@ from fastsam.curvature.products import METHODS, Hessian
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
 from fastsam.distributed import local, placed_like, processes
 from fastsam.optimizer import NORM_EPSILON, SharpnessAware
+from fastsam.spaces import takes_part
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ class EigenSAM(SharpnessAware):
         for i, (p, perturb) in zip(order, self._params(), strict=True):
             entry = found["state"].get(i, {})
             if perturb and p.requires_grad and "eigenvector" not in entry:
-                nothing = placed_like(p, local(p).new_zeros(()).expand_as(local(p)))
-                found["state"][i] = {**entry, "eigenvector": nothing}
+                found["state"][i] = {**entry, "eigenvector": _nothing_like(p)}
         return found
 
     def eigenvector_due(self, step: int | None = None) -> bool:
@@ -250,7 +250,7 @@ class EigenSAM(SharpnessAware):
             estimate = dict(zip(hessian.params, hessian.tensors(v), strict=True))
         self._no_second_derivative |= chosen.method == "auto" and hessian.method == "finite-difference"
         self.last_estimate = dataclasses.replace(pairs, vectors=None)
-        self.eigenvector = [estimate.get(p, torch.zeros_like(p)) for p, _ in self._params()]
+        self.eigenvector = [estimate[p] if p in estimate else _nothing_like(p) for p, _ in self._params()]
         if pairs.eigenvalues[0] < 0 and chosen.solver == "power" and not self._warned_of_sign:
             self._warned_of_sign = True
             warnings.warn(
@@ -277,14 +277,14 @@ class EigenSAM(SharpnessAware):
     def eigenvector(self) -> list[torch.Tensor] | None:
         """v, shaped like the parameters in the order of the groups, or None before the first estimate.
 
-        Assign a list of such tensors to set it, or None to forget it. Parameters of a ``perturb=False`` group
-        have zeros. Raises ``ValueError`` for a wrong number or shapes, or values that are not finite, ``TypeError`` for
-        anything but real tensors.
+        Assign a list of such tensors to set it, or None to forget it. Parameters of a ``perturb=False`` group and
+        frozen ones have zeros, which take no memory. Raises ``ValueError`` for a wrong number or shapes, or values that
+        are not finite, ``TypeError`` for anything but real tensors.
         """
         if not any("eigenvector" in self.state[p] for p, _ in self._params() if p in self.state):
             return None
         return [
-            self.state[p]["eigenvector"] if p in self.state and "eigenvector" in self.state[p] else torch.zeros_like(p)
+            self.state[p]["eigenvector"] if p in self.state and "eigenvector" in self.state[p] else _nothing_like(p)
             for p, _ in self._params()
         ]
 
@@ -310,11 +310,16 @@ class EigenSAM(SharpnessAware):
             if not bool(e.isfinite().all()):
                 raise ValueError(f"eigenvector[{i}] has values that are not finite")
         for e, (p, perturb) in zip(v, params, strict=True):
-            if perturb:
+            if perturb and takes_part(p):
                 self.state[p]["eigenvector"] = e.detach().to(device=p.device, dtype=p.dtype, copy=True)
 
     def _params(self) -> list[tuple[torch.Tensor, bool]]:
         return [(p, group["perturb"]) for group in self.param_groups for p in group["params"]]
+
+
+def _nothing_like(p: Tensor) -> Tensor:
+    """Zeros of p's shape and placement in the memory of one."""
+    return placed_like(p, local(p).new_zeros(()).expand_as(local(p)))
 
 
 def _check_freq(freq) -> None:
