@@ -3,13 +3,16 @@
 import copy
 import gc
 import importlib
+import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -860,6 +863,60 @@ def test_every_measure_of_a_compiled_model_in_chunks_is_that_of_the_plain_one():
     assert found[1].samples == pytest.approx(expected[1].samples, rel=0.05, abs=0.05 * abs(expected[1].value))
     width = float(expected[2].nodes.max() - expected[2].nodes.min())
     assert (found[2].nodes - expected[2].nodes).abs().max() < 0.05 * width
+
+
+@pytest.mark.parametrize(
+    "measure, options, products",
+    [
+        (curvature.top_eigenpairs, {"k": 2}, None),
+        (curvature.top_eigenpairs, {"solver": "power", "which": "magnitude"}, None),
+        (curvature.trace, {"probes": 7}, 7),
+        (curvature.spectral_density, {"probes": 2, "steps": 3}, 6),
+    ],
+    ids=["lanczos", "power", "trace", "density"],
+)
+def test_progress_is_told_after_every_product_and_changes_none(measure, options, products):
+    problem, told = mlp(), []
+
+    def measured(**more):
+        return measure(problem.loss, problem.model, generator=torch.Generator().manual_seed(0), **options, **more)
+
+    silent, result = measured(), measured(progress=lambda: told.append(1))
+    assert len(told) == (products or result.products) > 0
+    for name, value in vars(silent).items():
+        if name != "vectors":
+            torch.testing.assert_close(getattr(result, name), value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("force", [None, "1"], ids=["in a file", "on a terminal"])
+def test_the_command_shows_products_and_batches_on_a_terminal_only(tmp_path, monkeypatch, force):
+    """The numbers are the same; a bar is gone when its measure is done."""
+    pytest.importorskip("matplotlib")
+    from typer.testing import CliRunner
+
+    from fastsam.curvature.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "sharp_project.py").write_text("from torch import nn\ndef build(): return nn.Linear(4, 3)\n")
+    torch.manual_seed(0)
+    torch.save(nn.Linear(4, 3).state_dict(), "model.pt")
+    torch.save((torch.randn(20, 4), torch.randint(0, 3, (20,))), "data.pt")
+    arguments = ["model.pt", "--model", "sharp_project:build", "--data", "data.pt", "--chunk", "8", "--trace", "4"]
+    arguments += ["--products", "9", "--json", "out.json", "--density", "density.png"]
+    result = CliRunner().invoke(app, arguments, env={"FORCE_COLOR": force, "COLUMNS": "120", "TERM": "xterm"})
+    assert result.exit_code == 0, result.output
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", result.output).replace("\r", "\n").splitlines()
+    for what, products in (("eigenvalues, at most", r"\d/9"), ("trace", "4/4"), ("spectral density", "75/75")):
+        shown = [line for line in lines if re.search(rf"^{what} .*━ +{products} .*batch 3 of 3", line)]
+        assert bool(shown) == (force is not None), what
+    model, (x, y) = nn.Linear(4, 3), torch.load("data.pt")
+    model.load_state_dict(torch.load("model.pt"))
+    pairs = curvature.top_eigenpairs(
+        lambda batch: F.cross_entropy(model(batch[0]), batch[1]), model, products=9, batches=list(Chunks((x, y), 8)),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert json.loads(Path("out.json").read_text())["eigenvalues"] == pairs.eigenvalues.tolist()
 
 
 def test_alignment_is_the_cosine_without_its_sign():

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def finetune(*arguments):
     return CliRunner().invoke(app, ["finetune", *map(str, arguments)], env={"COLUMNS": "400"})
 
 
-def weights(output):
-    return load_file(output / "model" / "model.safetensors")
+def weights(output, name="model"):
+    return load_file(output / name / "model.safetensors")
 
 
 def same(a, b):
@@ -147,7 +148,10 @@ def test_sigkill_at_random_steps_three_times_changes_no_bit(birds, checkpoint, t
     assert last.exit_code == 0, last.output
     assert "going on from step" in last.output
     assert same(weights(output), weights(undisturbed))
+    assert same(weights(output, "best"), weights(undisturbed, "best"))
     assert curve(output) == curve(undisturbed)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (output, undisturbed)]
+    assert results[0]["best_epoch"] == results[1]["best_epoch"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(birds, checkpoint, tmp_path, monkeypatch):
@@ -204,6 +208,258 @@ def test_a_run_that_is_finished_is_shown_not_repeated(birds, checkpoint, tmp_pat
     result = job.run(asked)
     monkeypatch.setattr(job.Job, "_train_on", None)
     assert job.run(asked) == result == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+# ---- at another resolution -------------------------------------------------------------------------------------------
+
+TINY = dict(
+    image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    initializer_range=0.2,
+)  # fmt: skip
+DINO = {name: TINY[name] for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")}
+CONVNEXT = dict(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+HIERA = dict(image_size=[32, 32], embed_dim=8, num_heads=[1] * 4, depths=[1] * 4)
+PERCEIVER = dict(
+    image_size=8, num_latents=4, d_latents=16, num_self_attends_per_block=1, num_self_attention_heads=2,
+    num_cross_attention_heads=1,
+)  # fmt: skip
+SWIN = dict(image_size=8, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=2)
+
+
+def saved_classifier(folder, kind, classes="abc", **options):
+    """A small new model as ``save_pretrained`` writes it, of ``classes``, without an image processor."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind, _, variant = kind.partition("-")
+    named = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+    config = getattr(transformers, f"{kind}Config")(**options, **named)
+    built = getattr(transformers, f"{kind}ForImageClassification{variant}")(config).eval()
+    built.save_pretrained(folder)
+    return built
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("ViT", TINY),
+        ("DeiT", TINY),  # two tokens before the patches
+        ("CLIP", {"vision_config": TINY}),  # an nn.Embedding for the positions
+        ("Siglip", {"vision_config": TINY}),  # no token before them
+        ("Dinov2WithRegisters", {**DINO, "num_attention_heads": 2}),
+        ("Swin", {**SWIN, "use_absolute_embeddings": True}),
+        ("ConvNext", {**CONVNEXT, "patch_size": 2}),  # no positions
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("side", [4, 20])
+def test_a_resized_model_is_the_one_that_interpolates_as_it_runs(tmp_path, kind, options, side):
+    """Its logits are, also when Transformers alone opens what is saved of it."""
+    from transformers import AutoModelForImageClassification
+
+    original = saved_classifier(tmp_path / "original", kind, **options)
+    resized, preparation = model.load(str(tmp_path / "original"), list("abc"), None, lambda _: None, side)
+    model.save(resized, preparation.processor, tmp_path / "resized", 0)
+    images = torch.randn(2, 3, side, side)
+    at_run_time = {} if kind in ("Dinov2WithRegisters", "ConvNext") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = original(pixel_values=images, **at_run_time).logits
+        reopened = AutoModelForImageClassification.from_pretrained(tmp_path / "resized")
+        torch.testing.assert_close(reopened.eval()(pixel_values=images).logits, expected)
+
+
+def test_position_embeddings_are_interpolated_and_the_class_token_is_not(checkpoint):
+    before = load_file(checkpoint / "model.safetensors")["vit.embeddings.position_embeddings"]
+    vit = model.load(str(checkpoint), list("abcde"), None, lambda _: None, 20)[0]
+    after = vit.vit.embeddings.position_embeddings.detach()
+    assert after.shape == (1, 1 + 5 * 5, 16)
+    assert torch.equal(after[:, :1], before[:, :1])
+    grid = before[:, 1:].reshape(1, 2, 2, 16).permute(0, 3, 1, 2)
+    bicubic = torch.nn.functional.interpolate(grid, size=(5, 5), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(after[:, 1:], bicubic.flatten(2).transpose(1, 2))
+
+
+def test_a_run_at_another_size_is_saved_and_resumed_at_it(birds, checkpoint, tmp_path, monkeypatch):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    undisturbed = job.run(settings(birds, checkpoint, tmp_path / "undisturbed", image_size=12))
+    train_on = job.Job._train_on
+
+    def interrupted(self, *batch):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert batch[0].shape[2:] == (12, 12)
+        train_on(self, *batch)
+
+    monkeypatch.setattr(job.Job, "_train_on", interrupted)
+    with pytest.raises(job.Interrupted):
+        job.run(settings(birds, checkpoint, tmp_path / "run", image_size=12))
+    with pytest.raises(ValueError, match="a run with image_size=12, and this one has image_size=None"):
+        job.run(settings(birds, checkpoint, tmp_path / "run"))
+    monkeypatch.setattr(job.Job, "_train_on", train_on)
+    assert (
+        job.run(settings(birds, checkpoint, tmp_path / "run", image_size=12))["test_loss"] == undisturbed["test_loss"]
+    )
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "undisturbed"))
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run" / "model", backend="pil")
+    pixels = processor(torch.zeros(3, 10, 7, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 12, 12) and saved(pixels).logits.shape == (1, 3)
+
+
+def test_small_vit_is_built_for_the_size_that_is_asked_for(birds):
+    from PIL import Image
+
+    example = Image.open(birds / "train" / "jay" / "0.png")
+    vit, preparation = model.load("small-vit", list("abc"), example, print, 20)
+    assert vit.config.image_size == 20 and preparation(example).shape == (3, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "name, options, sizes",
+    [
+        ("ViT", {"size": {"height": 8, "width": 8}}, {"size": {"height": 12, "width": 12}}),
+        (
+            "CLIP",
+            {"size": {"shortest_edge": 10}, "crop_size": {"height": 8, "width": 8}},
+            {"size": {"shortest_edge": 15}, "crop_size": {"height": 12, "width": 12}},
+        ),
+        ("ConvNext", {"size": {"shortest_edge": 8}, "crop_pct": 0.8}, {"size": {"shortest_edge": 12}}),
+    ],
+)
+def test_a_processor_makes_images_of_the_size_and_crops_the_same_share(name, options, sizes):
+    import transformers
+    from PIL import Image
+
+    preparation = model.Preparation(getattr(transformers, f"{name}ImageProcessorPil")(**options), 3)
+    preparation.resize(12)
+    assert preparation(Image.new("RGB", (40, 30))).shape == (3, 12, 12)
+    for attribute, expected in sizes.items():
+        assert dict(getattr(preparation.processor, attribute)) == expected
+
+
+@pytest.mark.parametrize(
+    "kind, options, side, says",
+    [
+        ("Beit", {**TINY, "use_relative_position_bias": True}, 20, "has no way to resize its .*position_bias_table"),
+        ("Hiera", HIERA, 64, "has no way to resize its .*position_embeddings"),
+        ("Pvt", {"image_size": 32}, 64, "has no way to resize its .*position_embeddings"),
+        ("Perceiver-Learned", PERCEIVER, 20, "has no way to resize its .*position_embeddings"),
+        ("ViT", TINY, 2, "has no way to resize its .*position_embeddings"),  # less than a patch
+        ("ConvNext", CONVNEXT, 4, "cannot have images of that size: .*Kernel size can't be greater than"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_that_cannot_be_resized_is_refused_by_the_part_that_cannot(tmp_path, kind, options, side, says):
+    saved_classifier(tmp_path, kind, **options)
+    with pytest.raises(ValueError, match=f"--image-size {side}: .*{says}"):
+        model.load(str(tmp_path), list("abc"), None, lambda _: None, side)
+
+
+# ---- the best of the epochs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Gives the epochs these accuracies in testing; what is returned gets the weights of the head after each."""
+
+    def give(*accuracies):
+        seen = []
+
+        def scored(network, model, batches):
+            seen.append(model.classifier.weight.detach().clone())
+            return 1.0, accuracies[len(seen) - 1]
+
+        monkeypatch.setattr(job, "evaluate", scored)
+        return seen
+
+    return give
+
+
+def test_the_best_weights_are_kept_with_their_epoch(birds, checkpoint, tmp_path, scores):
+    """Of epochs that are as good as each other the first; never those of a worse one."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    seen = scores(0.25, 0.75, 0.75, 0.5)
+    result = job.run(settings(birds, checkpoint, tmp_path, epochs=4))
+    assert result["best_epoch"] == 2 and result["best_accuracy"] == 0.75 and result["test_accuracy"] == 0.5
+    assert torch.equal(weights(tmp_path, "best")["classifier.weight"], seen[1])
+    assert torch.equal(weights(tmp_path)["classifier.weight"], seen[3])
+    AutoModelForImageClassification.from_pretrained(tmp_path / "best")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "best", backend="pil").size["height"] == 8
+
+
+def test_the_table_names_the_epoch_of_the_best_weights(birds, checkpoint, tmp_path, scores):
+    scores(0.25, 0.75, 0.5)
+    arguments = ["--model", checkpoint, "--data", birds, "--batch-size", 8, "--epochs", 3, "--output", tmp_path]
+    assert re.search(r"best, in best/ +│ 75\.00 %, after epoch 2", finetune(*arguments).output)
+
+
+def test_an_accuracy_of_zero_has_a_best_epoch_too(birds, checkpoint, tmp_path, scores):
+    seen = scores(0.0, 0.0)
+    assert job.run(settings(birds, checkpoint, tmp_path, epochs=2))["best_epoch"] == 1
+    assert torch.equal(weights(tmp_path, "best")["classifier.weight"], seen[0])
+
+
+def test_a_run_that_goes_on_remembers_an_earlier_best(birds, checkpoint, tmp_path, monkeypatch, scores):
+    """Stopped in the epoch after it; the epochs that follow are worse."""
+    seen, train_on = scores(0.75, 0.5, 0.25), job.Job._train_on
+
+    def interrupted(self, *batch):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        train_on(self, *batch)
+
+    monkeypatch.setattr(job.Job, "_train_on", interrupted)
+    with pytest.raises(job.Interrupted):
+        job.run(settings(birds, checkpoint, tmp_path))
+    monkeypatch.setattr(job.Job, "_train_on", train_on)
+    result = job.run(settings(birds, checkpoint, tmp_path))
+    assert result["best_epoch"] == 1 and result["best_accuracy"] == 0.75 and result["test_accuracy"] == 0.25
+    assert torch.equal(weights(tmp_path, "best")["classifier.weight"], seen[0])
+
+
+@pytest.mark.parametrize("failing", ["save_pretrained", "replace"])
+def test_a_write_of_the_best_weights_that_failed_is_made_up_for(
+    birds, checkpoint, tmp_path, monkeypatch, scores, failing
+):
+    """Those of epoch 2, which the checkpoint of that epoch has; epoch 3 is worse."""
+    from transformers import ViTForImageClassification
+
+    seen = scores(0.25, 0.75, 0.5)
+    owner = ViTForImageClassification if failing == "save_pretrained" else os
+    write, writes = getattr(owner, failing), []
+
+    def full(*arguments, **options):
+        if tmp_path / "best.partial" in arguments:
+            writes.append(arguments)
+            if len(writes) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(owner, failing, full)
+    asked = settings(birds, checkpoint, tmp_path, save_every=None)
+    with pytest.raises(OSError, match=r"best \(.*No space left.*the checkpoint of step 6 is intact: make room"):
+        job.run(asked)
+    assert job.run(asked)["best_epoch"] == 2
+    assert torch.equal(weights(tmp_path, "best")["classifier.weight"], seen[1])
+
+
+def test_the_best_weights_are_on_the_disk_before_they_take_the_place_of_others(
+    birds, checkpoint, tmp_path, monkeypatch
+):
+    synchronised, fsync, replace = set(), os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (synchronised.add(os.fstat(file).st_ino), fsync(file)))
+
+    def checked(old, new):
+        if Path(new).name == "best":
+            assert {file.stat().st_ino for file in old.iterdir()} <= synchronised
+            synchronised.add("best")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", checked)
+    job.run(settings(birds, checkpoint, tmp_path, epochs=1))
+    assert "best" in synchronised
 
 
 # ---- what it does -------------------------------------------------------------------------------------------------
@@ -389,6 +645,10 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(birds, checkpoin
         (["--optimizer", "sgd", "--optimizer-arg", "momentun=1"], "the nearest is momentum"),
         (["--optimizer", "muon"], "--optimizer 'muon' is unknown"),
         (["--optimizer", "sgd", "--optimizer-arg", "momentum=abc"], "torch.optim.SGD does not take momentum='abc'"),
+        (
+            ["--image-size", "2"],
+            "--image-size 2: ViTForImageClassification has no way to resize its vit.embeddings.position",
+        ),
         (["--max-norm", "0"], "--max-norm 0 would leave nothing of the gradient"),
         (["--optimizer", "rprop"], "Rprop has no weight_decay: say --weight-decay 0"),
         (["--precision", "fp8"], "--precision 'fp8' is unknown"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +73,8 @@ def sharpness(
         network.to(device).train(train_mode)
         batches = _batches(data, chunk, device)
         criterion = _named(loss) if ":" in loss else _functional(loss)
-        settings = {"batches": batches, "method": method}
+        shown = _Shown(batches)
+        settings = {"batches": shown, "method": method}
 
         def loss_fn(batch) -> Tensor:
             return criterion(network(batch[0]), batch[1])
@@ -79,10 +82,11 @@ def sharpness(
         def generator() -> torch.Generator:
             return torch.Generator().manual_seed(seed)
 
-        pairs = top_eigenpairs(
-            loss_fn, network, top, which=which, products=products, tolerance=tolerance, generator=generator(),
-            **settings,
-        )  # fmt: skip
+        with shown.counting("eigenvalues, at most", products) as made:
+            pairs = top_eigenpairs(
+                loss_fn, network, top, which=which, products=products, tolerance=tolerance, generator=generator(),
+                progress=made, **settings,
+            )  # fmt: skip
         result: dict[str, Any] = {
             "checkpoint": str(checkpoint),
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -93,11 +97,15 @@ def sharpness(
             "converged": pairs.converged,
         }
         if probes:
-            estimate = trace(loss_fn, network, probes=probes, generator=generator(), **settings)
+            with shown.counting("trace", probes) as made:
+                estimate = trace(loss_fn, network, probes=probes, generator=generator(), progress=made, **settings)
             result["trace"] = {"value": estimate.value, "standard_error": estimate.standard_error, "probes": probes}
         _print(result)  # before what may fail to be written
         if density is not None:
-            draw_density(spectral_density(loss_fn, network, generator=generator(), **settings), density)
+            counts = {"probes": 5, "steps": min(50, result["parameters"])}
+            with shown.counting("spectral density", math.prod(counts.values())) as made:
+                found = spectral_density(loss_fn, network, generator=generator(), progress=made, **counts, **settings)
+            draw_density(found, density)
         if output is not None:
             output.write_text(json.dumps(result, indent=1) + "\n")
     except _UNUSABLE as error:
@@ -107,6 +115,27 @@ def sharpness(
 
 app = typer.Typer()
 app.command()(sharpness)
+
+
+class _Shown:
+    """``batches``, and on a terminal a bar that counts products and says which of the batches is at work."""
+
+    def __init__(self, batches: list) -> None:
+        self._batches = batches
+
+    @contextlib.contextmanager
+    def counting(self, what: str, products: int) -> Iterator[Callable[[], None]]:
+        """Shows so many products for ``what``; gives what is to be called after each."""
+        from fastsam.finetune.show import progress_bar
+
+        with progress_bar(Console()) as self._bar:
+            self._task = self._bar.add_task(what, total=products, state="")
+            yield lambda: self._bar.advance(self._task)
+
+    def __iter__(self) -> Iterator:
+        for i, batch in enumerate(self._batches, 1):
+            self._bar.update(self._task, state=f"batch {i} of {len(self._batches)}")
+            yield batch
 
 
 def _print(result: dict[str, Any]) -> None:

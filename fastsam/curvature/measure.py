@@ -1,16 +1,16 @@
 """Sharpness for anybody: eigenpairs, trace and spectral density of the loss's Hessian, and who is aligned with whom.
 
 All take what :class:`~fastsam.curvature.Hessian` takes: a loss function, a module or its parameters, and options
-such as ``batches`` and ``method``. The mode (train or eval) is the one the module is in. Source of the trace and the
-density: Yao, Gholami, Keutzer, Mahoney, "PyHessian: Neural Networks Through the Lens of the Hessian", IEEE Big Data
-2020, and the methods it names.
+such as ``batches`` and ``method``; ``progress``, if given, is called after every product. The mode (train or eval) is
+the one the module is in. Source of the trace and the density: Yao, Gholami, Keutzer, Mahoney, "PyHessian: Neural
+Networks Through the Lens of the Hessian", IEEE Big Data 2020, and the methods it names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ def top_eigenpairs(
     basis: int | None = None,
     start: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    progress: Callable[[], object] | None = None,
     **options,
 ) -> Eigenpairs:
     """``k`` eigenpairs of the Hessian, ``which`` of :func:`~fastsam.curvature.lanczos`'s ends they are from.
@@ -62,6 +63,7 @@ def top_eigenpairs(
             "solver='lanczos'"
         )
     with Hessian(loss_fn, params, **options) as hessian:
+        product = _told(hessian.product, progress)
 
         def begin() -> Tensor:
             if start is not None:
@@ -69,9 +71,9 @@ def top_eigenpairs(
             return hessian.random(generator) if solver == "power" else hessian.start(generator)
 
         if solver == "power":
-            pairs = power_iteration(hessian.product, begin(), products, tolerance, hessian.inner)
+            pairs = power_iteration(product, begin(), products, tolerance, hessian.inner)
         else:
-            pairs = lanczos(hessian.product, begin(), k, which, products, tolerance, basis, hessian.inner)
+            pairs = lanczos(product, begin(), k, which, products, tolerance, basis, hessian.inner)
         return dataclasses.replace(pairs, vectors=[hessian.tensors(v) for v in pairs.vectors])
 
 
@@ -91,6 +93,7 @@ def trace(
     probes: int = 30,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
+    progress: Callable[[], object] | None = None,
     **options,
 ) -> Trace:
     """The Hessian's trace, from ``probes`` products with vectors z of random signs: E[z'Hz] = tr H.
@@ -104,14 +107,28 @@ def trace(
         raise ValueError(f"tolerance={tolerance!r} must be a positive number, or None")
     samples: list[float] = []
     with Hessian(loss_fn, params, **options) as hessian:
+        product = _told(hessian.product, progress)
         for _ in range(probes):
             z = hessian.random(generator).sign_()
-            samples.append(hessian.inner.dot(z, hessian.product(z)))
+            samples.append(hessian.inner.dot(z, product(z)))
             if tolerance is not None and len(samples) >= 5:
                 value, error = _mean_and_error(samples)
                 if error <= tolerance * abs(value):
                     break
     return Trace(*_mean_and_error(samples), tuple(samples))
+
+
+def _told(product: Callable[[Tensor], Tensor], progress: Callable[[], object] | None) -> Callable[[Tensor], Tensor]:
+    """``product``, with ``progress()`` after each."""
+    if progress is None:
+        return product
+
+    def product_and_progress(v: Tensor) -> Tensor:
+        h = product(v)
+        progress()
+        return h
+
+    return product_and_progress
 
 
 def _mean_and_error(samples: list[float]) -> tuple[float, float]:
@@ -146,6 +163,7 @@ def spectral_density(
     sigma: float | None = None,
     points: int = 1000,
     generator: torch.Generator | None = None,
+    progress: Callable[[], object] | None = None,
     **options,
 ) -> SpectralDensity:
     """The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
@@ -159,10 +177,11 @@ def spectral_density(
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma={sigma!r} must be positive")
     with Hessian(loss_fn, params, **options) as hessian:
+        product = _told(hessian.product, progress)
         steps = min(steps, hessian.inner.dimension or hessian.numel)
         nodes, weights = [], []
         for _ in range(probes):
-            space = Krylov(hessian.product, hessian.random(generator), steps, hessian.inner)
+            space = Krylov(product, hessian.random(generator), steps, hessian.inner)
             for _ in range(steps):
                 space.extend()
             theta, s = space.ritz()

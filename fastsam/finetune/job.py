@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def run(settings: Settings, show: Show | None = None) -> dict[str, Any]:
         if len(splits.train) < settings.batch_size:
             raise ValueError(f"--batch-size {settings.batch_size} is more than the {len(splits.train)} training images")
         seed_everything(settings.seed, "weights")
-        model, preparation = models.load(settings.model, splits.classes, open_image(splits.train, 0), shown.say)
+        example = open_image(splits.train, 0)
+        model, preparation = models.load(settings.model, splits.classes, example, shown.say, settings.image_size)
         config = {**settings.as_json(), "train_images": len(splits.train), "classes": splits.classes}
         with RunFolder(settings.output, config, settings.may_change()) as folder:
             if folder.result is None:
@@ -104,8 +106,9 @@ class Job:
         self._step = None  # made when a batch is at hand
 
         self.loss_sum = torch.zeros((), device=device)  # over the steps since the last row
-        self.progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "waited": 0.0, "best_accuracy": 0.0}
+        self.progress = {"step": 0, "evaluated": 0, "seconds": 0.0, "waited": 0.0}
         self.progress |= {"test_loss": 0.0, "test_accuracy": 0.0, "images_per_second": []}
+        self.progress |= {"best_step": 0, "best_accuracy": -1.0}
         self.last_row = {"step": 0, "seconds": 0.0, "waited": 0.0}
         self._resume()
 
@@ -126,7 +129,10 @@ class Job:
                     if self.step % self.steps_per_epoch == 0 and self.step > self.progress["evaluated"]:
                         self._evaluate(logs)
                         self._save()
-                        self._leave_if(stop)
+                    if self.step == self.progress["best_step"] > 0:
+                        # After the checkpoint, which has these weights: a run that was killed in between gets here.
+                        self._save_model("best")
+                    self._leave_if(stop)
                     if self.step == self.steps:
                         break
                     self._rest_of_epoch(stop, logs)
@@ -135,8 +141,7 @@ class Job:
             raise OutOfMemory(what_to_lower(self.settings, self.step, error)) from error
         finally:
             logs.close()
-        saved = models.save(self.model, self.preparation.processor, self.folder.path, self.step)
-        self.folder.finish(self._result(str(saved)))
+        self.folder.finish(self._result(str(self._save_model("model"))))
 
     def _rest_of_epoch(self, stop: Stop, logs: Logs) -> None:
         done = self.step % self.steps_per_epoch
@@ -209,7 +214,8 @@ class Job:
         batches = self._prepared(self.test.batches(torch.arange(len(self.test)).split(size)))
         loss, accuracy = evaluate(self._logits, self.model, batches)
         self.progress |= {"evaluated": self.step, "test_loss": loss, "test_accuracy": accuracy}
-        self.progress["best_accuracy"] = max(accuracy, self.progress["best_accuracy"])
+        if accuracy > self.progress["best_accuracy"]:
+            self.progress |= {"best_step": self.step, "best_accuracy": accuracy}
         self._row(logs, test_loss=loss, test_accuracy=accuracy)
 
     def _prepared(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -255,6 +261,7 @@ class Job:
             "optimizer": type(getattr(self.optimizer, "base_optimizer", self.optimizer)).__name__,
             "test_accuracy": progress["test_accuracy"],
             "best_accuracy": progress["best_accuracy"],
+            "best_epoch": progress["best_step"] // self.steps_per_epoch,
             "test_loss": progress["test_loss"],
             "steps": self.step,
             "seconds": progress["seconds"],
@@ -274,6 +281,9 @@ class Job:
         payload = {name: part.state_dict() for name, part in self._parts().items()}
         payload |= {"loss_sum": self.loss_sum, "progress": self.progress, "last_row": self.last_row}
         self.folder.save(self.step, payload)
+
+    def _save_model(self, name: str) -> Path:
+        return models.save(self.model, self.preparation.processor, self.folder.path / name, self.step)
 
     def _diverged(self, what: str) -> ValueError:
         last = "there is none" if self.folder.step is None else f"that of step {self.folder.step} is intact"

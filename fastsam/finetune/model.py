@@ -5,6 +5,7 @@ A checkpoint is opened from safetensors only. A pickle (``pytorch_model.bin``, `
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +24,9 @@ CONVERT = (
 )
 
 
-def load(name: str, classes: list[str], example: Any, say: Callable[[str], None]) -> tuple[nn.Module, Preparation]:
+def load(
+    name: str, classes: list[str], example: Any, say: Callable[[str], None], image_size: int | None = None
+) -> tuple[nn.Module, Preparation]:
     """The model in float32 on the CPU, and what makes images its inputs.
 
     Args:
@@ -31,16 +34,24 @@ def load(name: str, classes: list[str], example: Any, say: Callable[[str], None]
         classes: their names; a head for another number of classes is replaced by a new one.
         example: a PIL image of the data, which a new model is made to fit.
         say: is told what is not taken from the checkpoint.
+        image_size: side of the images in pixels, if not the checkpoint's: position embeddings are interpolated.
 
-    Raises ``ValueError`` for a checkpoint that is missing, no image classifier, or a pickle.
+    Raises ``ValueError`` for a checkpoint that is missing, no image classifier, a pickle, or not for that image size.
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     if name == SMALL_VIT:
-        model, processor = _small_vit(example, labels)
+        model, processor = _small_vit(example, labels, image_size)
     else:
         _refuse_pickles(name)
-        model, processor = _from_checkpoint(name, classes, labels, say)
-    return model, Preparation(processor, getattr(model.config, "num_channels", 3))
+        model = _from_checkpoint(name, classes, labels, say)
+        if image_size is not None:
+            model = _resized(name, model, image_size, say)
+        processor = _processor(name, model.config, say)
+    preparation = Preparation(processor, getattr(model.config, "num_channels", 3))
+    if image_size is not None:
+        preparation.resize(image_size)
+        _check_size(name, model, preparation, image_size)
+    return model, preparation
 
 
 class Preparation:
@@ -76,25 +87,42 @@ class Preparation:
             )
         return pixels if pixels.dtype == torch.uint8 else pixels.round().clamp(0, 255).to(torch.uint8)
 
+    def resize(self, side: int) -> None:
+        """Has the processor, as it is and as it is saved, make images of ``side`` x ``side`` pixels.
+
+        All its sizes change by one factor, so that a crop keeps its share.
+        """
+        from PIL import Image
+
+        before = self(Image.new(self._mode, (64, 64))).shape[-1]
+        for name in ("size", "crop_size"):
+            size = getattr(self.processor, name, None)
+            if size is not None:
+                scaled = {edge: round(pixels * side / before) for edge, pixels in dict(size).items()}
+                setattr(self.processor, name, type(size)(**scaled))
+
     def normalised(self, images: Tensor) -> Tensor:
         """The inputs of the model in float32, on the device of the images."""
         self._factor, self._offset = self._factor.to(images.device), self._offset.to(images.device)
         return images.float() * self._factor + self._offset
 
 
-def save(model: nn.Module, processor, folder: Path, step: int) -> Path:
-    """Writes ``model/`` in ``folder`` as a whole, for ``from_pretrained``; raises ``OSError`` if it cannot."""
-    path, partial = folder / "model", folder / "model.partial"
+def save(model: nn.Module, processor, path: Path, step: int) -> Path:
+    """Writes the folder ``path`` as a whole, for ``from_pretrained``; raises ``OSError`` if it cannot."""
+    partial = path.with_name(f"{path.name}.partial")
     try:
         _remove(partial)
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
+        for file in partial.iterdir():  # the bytes reach the disk before they take the place of others
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
         _remove(path)
         os.replace(partial, path)
     except Exception as error:  # safetensors has a kind of its own for a full disk
         raise OSError(
-            f"the model could not be written into {folder} ({error}); the checkpoint of step {step} is intact: make "
-            "room, and the same command ends the run"
+            f"the model could not be written into {path} ({error}); the checkpoint of step {step} is intact: make "
+            "room, and the same command goes on from it"
         ) from error
     return path
 
@@ -104,12 +132,12 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _small_vit(example, labels: dict) -> tuple[nn.Module, Any]:
+def _small_vit(example, labels: dict, image_size: int | None) -> tuple[nn.Module, Any]:
     """Some 110,000 parameters: 3 blocks of width 64, on patches of 2 pixels, or of 4 for images above 16 pixels."""
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    side = min(32, max(8, -(-max(example.size) // 4) * 4))
+    side = image_size or min(32, max(8, -(-max(example.size) // 4) * 4))
     channels = 1 if example.mode in ("1", "L") else 3
     config = ViTConfig(
         image_size=side,
@@ -145,7 +173,7 @@ def _refuse_pickles(name: str) -> None:
     raise ValueError(f"--model {path} has no *.safetensors: it is not what save_pretrained wrote, or not all of it")
 
 
-def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[[str], None]) -> tuple[nn.Module, Any]:
+def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[[str], None]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
@@ -172,7 +200,65 @@ def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[
         say(f"{name} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: started anew")
     if not replaced and not missing and list(before.id2label.values()) != classes:
         say(f"the head of {name} is kept: it has {len(classes)} classes as well, under other names")
-    return model, _processor(name, model.config, say)
+    return model
+
+
+@torch.no_grad()
+def _resized(name: str, model: nn.Module, side: int, say: Callable[[str], None]) -> nn.Module:
+    """The model for images of ``side`` x ``side`` pixels: its position embeddings as it interpolates them itself.
+
+    ``from_pretrained`` with another ``image_size`` would draw them anew, and ``interpolate_pos_encoding=True`` would
+    have to be said wherever the model is used.
+    """
+    config = copy.deepcopy(model.config)
+    vision = getattr(config, "vision_config", config)
+    before = getattr(vision, "image_size", side)
+    after = side if isinstance(before, int) else type(before)([side, side])
+    if before == after:
+        return model
+    say(f"{name} is for images of {before} pixels: made one for {after}")
+    vision.image_size = after
+    state = model.state_dict()
+    with torch.device("meta"):  # for its shapes
+        resized = type(model)(config)
+    for key, wanted in resized.state_dict().items():
+        if state[key].shape != wanted.shape:
+            state[key] = _interpolated(model, key, wanted, side)
+        if state[key] is None:
+            raise ValueError(
+                f"--image-size {side}: {type(model).__name__} has no way to resize its {key}: take a checkpoint made "
+                "for this size"
+            )
+    return type(model).from_pretrained(None, config=config, state_dict=state)
+
+
+def _interpolated(model: nn.Module, key: str, wanted: Tensor, side: int) -> Tensor | None:
+    """The position embeddings ``key`` for images of this side, or None if the model cannot interpolate them.
+
+    The methods want embeddings of the image, and take the number of patches from them: ``wanted``, on the meta device,
+    has nothing else to give.
+    """
+    parts = key.split(".")
+    owners = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1, -1, -1))
+    owner = next((owner for owner in owners if hasattr(owner, "interpolate_pos_encoding")), None)
+    try:
+        return owner.interpolate_pos_encoding(wanted.reshape(1, *wanted.shape[-2:]), side, side).reshape(wanted.shape)
+    except (AttributeError, TypeError, RuntimeError):  # it has no such method, one of other arguments, or not for these
+        return None
+
+
+@torch.no_grad()
+def _check_size(name: str, model: nn.Module, preparation: Preparation, side: int) -> None:
+    """Raises ``ValueError`` unless images become this size, and pass through the model (in eval mode)."""
+    from PIL import Image
+
+    pixels = preparation(Image.new("RGB", (64, 64)))
+    try:
+        if pixels.shape[1:] != (side, side):
+            raise ValueError(f"{type(preparation.processor).__name__} makes them {tuple(pixels.shape[1:])}")
+        model(pixel_values=preparation.normalised(pixels[None]))
+    except (ValueError, RuntimeError, AssertionError) as error:  # the models check in their own ways
+        raise ValueError(f"--image-size {side}: {name} cannot have images of that size: {error}") from error
 
 
 def _replaced(found: dict) -> list[tuple[str, tuple, tuple]]:

@@ -34,6 +34,9 @@ class Settings:
     model: Annotated[
         str, typer.Option(help="A checkpoint's name on the hub, a folder, or small-vit: a new one that fits the data.")
     ] = SMALL_VIT
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images in pixels, if not the model's own.")
+    ] = None
     data: Annotated[
         str, typer.Option(help="digits, a data set's name on the hub, a folder of images by class, or parquet.")
     ] = "digits"

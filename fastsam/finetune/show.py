@@ -14,22 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+def progress_bar(console: Console) -> Progress:
+    """A bar for each task, which has a ``state``, a text, beside it; nothing where the console is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+        transient=True,
+        speed_estimate_period=3600,  # one advance, such as a Hessian-vector product, may take minutes
+    )
+
+
 class Show:
     """``with Show(...) as show``: a progress bar on a terminal; a line for each epoch everywhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            expand=True,
-            transient=True,
-        )
+        self._bar = progress_bar(self.console)
 
     def __enter__(self) -> Show:
         self._bar.start()
@@ -69,7 +75,8 @@ class Show:
             ("model", f"{result['model']}, {result['parameters']:,} parameters"),
             ("data", f"{result['data']}, {result['train_images']:,} images, {result['test_images']:,} for testing"),
             ("method", f"{result['method']} over {result['optimizer']}"),
-            ("test accuracy", f"{100 * result['test_accuracy']:.2f} %, best {100 * result['best_accuracy']:.2f} %"),
+            ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
+            ("best, in best/", f"{100 * result['best_accuracy']:.2f} %, after epoch {result['best_epoch']}"),
             ("test loss", f"{result['test_loss']:.4f} nats"),
             ("steps", f"{result['steps']:,} in {result['seconds']:.1f} s"),
             ("images a second", f"{result['images_per_second']:,.0f}"),
