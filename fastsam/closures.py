@@ -179,7 +179,8 @@ class ClosureSteps(Passes):
             raise RuntimeError(
                 "the closure left no gradients: it must call loss.backward() before it returns the loss; if it does, "
                 "the model has other parameters than those the optimizer was built with, as after "
-                "load_state_dict(assign=True): build the optimizer again"
+                "load_state_dict(assign=True): build the optimizer again; or FSDP2 keeps them back, after "
+                "set_requires_gradient_sync(False)"
             )
         return loss
 

@@ -140,6 +140,7 @@ class SharpnessAware(ClosureSteps):
         self._spaces.follow()
         for space in self._spaces:
             space.kernels.restore(space)
+        self._weights_changed()
         self._spaces.release_gradients()
         self._perturbed = False
         forget_pass(self._first_scaler, self)

@@ -73,6 +73,7 @@ class Passes(torch.optim.Optimizer):
             for space, ascent in zip(climbing, ascents, strict=True):
                 space.kernels.climb(space, ascent, sums.to(space.device))
                 increment_version(space.owners)  # backward through a graph from before the step is an error
+            self._weights_changed()
         self._spaces.release_gradients()
 
     @torch.no_grad()
@@ -104,6 +105,7 @@ class Passes(torch.optim.Optimizer):
                 committed = not self._spaces.decide_on_host or self._finite()
                 for space in self._spaces:
                     self._descend(space, rule, options, accumulated, committed)
+            self._weights_changed()
             if grad_scaler is not None:
                 record_step(grad_scaler, self, self.found_inf)
             if self.uses_ema and committed:
@@ -112,6 +114,11 @@ class Passes(torch.optim.Optimizer):
             self._accumulated = None
         self._spaces.release_gradients()
         self._step_taken()
+
+    @staticmethod
+    def _weights_changed() -> None:
+        """Inside one autocast around both passes the second would be given the casts of the first one's weights."""
+        torch.clear_autocast_cache()
 
     def _step_taken(self) -> None:
         """At the end of every step, whether it counted or not."""

@@ -224,3 +224,11 @@ def test_accelerates_own_wrapper_may_not_drop_micro_batches():
     plain = torch.nn.Parameter(torch.ones(1))
     SAM([plain], torch.optim.SGD, lr=0.1).step(lambda: plain.sum().backward() or plain.detach())
     assert plain.item() < 1, "a loop beside Accelerate's is none of its business"
+
+
+def test_a_step_without_a_closure_is_refused_with_what_to_write():
+    model = Counted()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = SAMOptimizer(METHODS["sam"](model.parameters()), accelerator, model)
+    with pytest.raises(TypeError, match=r"optimizer.step\(closure, x, y\)"):
+        optimizer.step()

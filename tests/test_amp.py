@@ -1,5 +1,7 @@
 """GradScaler and low precision in both passes."""
 
+import contextlib
+
 import pytest
 import torch
 from reference import METHODS, build_optimizer, mlp
@@ -217,3 +219,55 @@ def test_autocast_with_bfloat16_needs_no_scaler(backend):
         optimizer.step(closure)
     assert problem.loss().item() < first
     assert all(p.dtype == torch.float32 for p in problem.params())
+
+
+def manual(optimizer, closure):
+    closure()
+    optimizer.first_step(zero_grad=True)
+    closure()
+    optimizer.second_step(zero_grad=True)
+
+
+def finished(optimizer, closure):
+    closure()
+    optimizer.finish(closure)
+
+
+def accumulated(optimizer, closure):
+    for _ in range(2):
+        optimizer.accumulate(closure)
+    optimizer.descend(zero_grad=True)
+
+
+def looked_around(optimizer, closure):
+    closure()
+    with optimizer.perturbed():
+        optimizer.zero_grad()
+        closure()
+    closure()
+    optimizer.base_optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("step", [manual, finished, accumulated, looked_around, lambda o, c: o.step(c)])
+def test_autocast_around_a_whole_training_is_that_around_each_pass(backend, step):
+    """It keeps casts of weights for as long as it lasts, whatever becomes of the weights."""
+    ends = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
+        x, y = torch.randn(32, 20), torch.randint(0, 5, (32,))
+        optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, backend=backend)
+
+        def closure(model=model, x=x, y=y):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        # Even one that is switched off keeps the casts of those inside it.
+        with torch.autocast("cpu", torch.bfloat16) if around else contextlib.nullcontext():
+            for _ in range(1 if step is looked_around else 3):
+                step(optimizer, closure)
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)

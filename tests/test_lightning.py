@@ -174,6 +174,27 @@ def test_a_step_whose_training_step_returns_none_is_skipped(tmp_path):
         assert torch.equal(p, before[name])
 
 
+def test_an_optimizer_step_of_the_module_that_evaluates_the_closure_itself(tmp_path):
+    class Old(Module):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            optimizer_closure()
+            optimizer.step()
+
+    module, usual = Old(METHODS["friendly"]), Module(METHODS["friendly"])
+    for m in (module, usual):
+        trainer(tmp_path, SAMCallback()).fit(m, loader(4))
+    same(module.model, usual.model)
+
+
+def test_stochastic_weight_averaging_renews_the_statistics_of_batchnorm(tmp_path):
+    module = Module(METHODS["sam"])
+    averaging = pl.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=1)
+    made = trainer(tmp_path, SAMCallback(), averaging, max_epochs=3)
+    made.fit(module, loader(4))
+    assert made.current_epoch == 4  # one more, for the statistics
+    assert made.global_step == 3 * 4 + 1
+
+
 def test_an_exception_in_the_second_pass_restores_the_weights_and_the_trainer(tmp_path):
     module = Module(METHODS["sam"])
     before = {name: p.detach().clone() for name, p in module.model.named_parameters()}

@@ -104,6 +104,13 @@ def test_an_optimizer_class_gets_the_trainers_groups_and_schedule(train):
     assert model.forwards == 8
 
 
+@pytest.mark.parametrize(("settings", "expected"), [({}, 0.003), ({"lr": 0.2}, 0.2)], ids=str)
+def test_the_learning_rate_is_the_trainers_unless_one_is_given(train, settings, expected):
+    recipe = (SAM, {"base_optimizer": torch.optim.AdamW, "rho": 0.05, **settings})
+    made = train(Classifier(), {"optimizer_cls_and_kwargs": recipe}, learning_rate=0.003)
+    assert {group["lr"] for group in made.optimizer.param_groups} == {expected}
+
+
 def test_batchnorm_counts_once_and_dropout_draws_the_same_masks(train):
     model = Classifier(dropout=0.5)
     train(model, SAM(model.parameters(), torch.optim.SGD, rho=1e-30, lr=0.0), gradient_accumulation_steps=2)

@@ -78,6 +78,11 @@ class SAMOptimizer(AcceleratedOptimizer):
         if self.gradient_state.sync_gradients:
             remedy = "model = accelerator.prepare(model), then SAMOptimizer(optimizer, accelerator, model)"
             show_models(self.optimizer._ranks, [] if self.model is None else [self.model], remedy)
+            if closure is None and not self.micro_batches:
+                raise TypeError(
+                    "step() without a closure: write optimizer.step(closure, x, y), whose closure does the forward "
+                    "pass and accelerator.backward(loss) and returns the loss, so that it can be evaluated again"
+                )
         loss = None if closure is None else self._first(closure, batch)
         if not self.gradient_state.sync_gradients:
             return loss

@@ -51,6 +51,7 @@ class SAMCallback(pl.Callback):
             show_models(optimizer._ranks, [trainer.strategy.model], 'Trainer(strategy="ddp")')
         m_sharpness = any(optimizer._ranks.m_sharpness for optimizer in trainer.optimizers)
         unreduced = functools.partial(_unreduced, trainer.strategy)
+        self._without_backward = lambda: trainer.fit_loop._skip_backward  # StochasticWeightAveraging's last epoch
         self._batches = MicroBatches(module, self.shared_masks, unreduced, m_sharpness)
         self._closure = None
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
@@ -71,15 +72,20 @@ class SAMCallback(pl.Callback):
         """Lightning's closure of one batch, whose evaluation in the first pass is remembered."""
         self._closure = closure = original(*args)
         evaluate = closure.closure
-        closure.closure = lambda *a: self._batches.first(functools.partial(evaluate, *a))
+        if not self._without_backward():
+            closure.closure = lambda *a: self._batches.first(functools.partial(evaluate, *a))
         return closure
 
     def _optimizer_step(self, original, optimizer, model, closure, **kwargs):
         plugin = model.trainer.precision_plugin
         scaler = getattr(plugin, "scaler", None)
+        seen = len(self._batches)
         try:
             loss = closure()
-            if loss is None:  # training_step returned None: Lightning skips the step
+            if self._without_backward():
+                return loss
+            evaluated_before = 0 < seen == len(self._batches)  # by the module's own optimizer_step
+            if loss is None and not evaluated_before:  # training_step returned None: Lightning skips the step
                 optimizer.zero_grad()
                 return None
 

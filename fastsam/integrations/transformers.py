@@ -5,8 +5,10 @@
         optimizer_cls_and_kwargs=(SAM, {"base_optimizer": torch.optim.AdamW, "rho": 0.05, "lr": 1e-3}),
     )
 
-or ``optimizers=(SAM(model.parameters(), ...), None)``. Accumulation, fp16, bf16, checkpoints and schedules are the
-Trainer's own; every micro-batch of a step is evaluated twice. The logged loss and norm are those of the first pass.
+or ``optimizers=(SAM(model.parameters(), ...), None)``. The former's learning rate is ``args.learning_rate`` if it says
+no ``"lr"``; whatever else the base optimizer is to be told (betas, momentum) stands there too. Accumulation, fp16,
+bf16, checkpoints and schedules are the Trainer's own; every micro-batch of a step is evaluated twice. The logged loss
+and norm are those of the first pass.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ class SAMTrainer(Trainer):
             return self.optimizer
         if self.is_deepspeed_enabled:
             raise ValueError("SAMTrainer cannot run two passes under DeepSpeed, which makes the step itself")
+        if self.optimizer_cls_and_kwargs is not None:
+            optimizer_class, settings = self.optimizer_cls_and_kwargs
+            self.optimizer_cls_and_kwargs = optimizer_class, {"lr": self.args.learning_rate, **settings}
         optimizer = super().create_optimizer(model)
         if not isinstance(optimizer, SharpnessAware):
             raise TypeError(
