@@ -71,6 +71,7 @@ class FlatSpace:
         self.weights = [p.data_ptr() for p in self.params]
         self.layouts = [_layout(p) for p in self.params]
         self.sizes = [p.numel() for p in self.params]
+        self.nbytes = [p.nbytes for p in self.params]
         self.joined = _joined(self.params)
         self.offsets, self.numel = _offsets(self.params, self.joined)
         self.gradients: list[Tensor | None] = [None] * len(self.params)
@@ -111,19 +112,26 @@ class FlatSpace:
         values = [None if s is None else s.get(name) for s in self.states]
         if list(map(id, values)) == buffer.ids:
             return [True] * len(values)
-        for i, value in enumerate(values):
-            if value is not None and value is not buffer.views[i]:
-                if value.shape != buffer.views[i].shape:
-                    raise ValueError(
-                        f"{name!r} in the state of {describe(self.owners[i])} has shape {tuple(value.shape)}: the "
-                        "parameter was given another shape since, clear its state"
-                    )
-                buffer.views[i].copy_(distributed_like(buffer.views[i], value))
-                self.states[i][name] = buffer.views[i]
-            elif value is None and buffer.used[i]:
-                buffer.views[i].zero_()  # the state was cleared
-            buffer.used[i] = value is not None
-        return [value is not None for value in values]
+        foreign = [v is not None and v is not view for v, view in zip(values, buffer.views, strict=True)]
+        for i in (i for i, is_foreign in enumerate(foreign) if is_foreign):
+            if values[i].shape != buffer.views[i].shape:
+                raise ValueError(
+                    f"{name!r} in the state of {describe(self.owners[i])} has shape {tuple(values[i].shape)}: the "
+                    "parameter was given another shape since, clear its state"
+                )
+            if id(values[i]) in buffer.ids:  # another's view, whose memory is about to be written
+                values[i] = values[i].clone()
+        for i in (i for i, is_foreign in enumerate(foreign) if is_foreign):
+            buffer.views[i].copy_(distributed_like(buffer.views[i], values[i]))
+            self.states[i][name] = buffer.views[i]
+        cleared = [value is None and used for value, used in zip(values, buffer.used, strict=True)]
+        for view, was_cleared in zip(buffer.views, cleared, strict=True):
+            if was_cleared:
+                view.zero_()
+        if self.table is not None:
+            self.table.written(buffer.flat, cleared)
+        buffer.used = [value is not None for value in values]
+        return buffer.used.copy()
 
     def publish(self, state, name: str, buffer: FlatBuffer | StepCounts, which: Sequence[bool]) -> bool:
         """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters that ``which`` marks.
@@ -147,8 +155,11 @@ class FlatSpace:
         if self.spread:
             self.params = list(map(local, self.owners))
         weights = list(map(Tensor.data_ptr, self.params))
+        if list(map(_nbytes, self.params)) != self.nbytes:  # as p.data = p.data[:n] does where it lies
+            return False
         if weights != self.weights:
-            if list(map(_layout, self.params)) != self.layouts or _joined(self.params) != self.joined:
+            in_order = _storage_order(self.params) == list(range(len(weights)))
+            if not in_order or list(map(_layout, self.params)) != self.layouts or _joined(self.params) != self.joined:
                 return False
             self.weights = weights
         return True
@@ -189,6 +200,9 @@ def _scanner(params: list[Tensor]):
     if _cpu is None or api is None or any(type(p) not in (Tensor, torch.nn.Parameter) for p in params):
         return None
     return _cpu.Scanner(params, api, Tensor)
+
+
+_nbytes = Tensor.nbytes.__get__
 
 
 def _layout(p: Tensor) -> tuple:
@@ -252,13 +266,12 @@ def _storage_order(params: Sequence[Tensor]) -> list[int]:
 
     Never by address: that would let the allocator choose the order of summation.
     """
+    # Parameters without elements lie nowhere, whatever the address they give.
+    storages = [p.untyped_storage().data_ptr() if p.numel() else -i - 1 for i, p in enumerate(params)]
     first: dict[int, int] = {}
-    for i, p in enumerate(params):
-        first.setdefault(p.untyped_storage().data_ptr(), i)
-    return sorted(
-        range(len(params)),
-        key=lambda i: (first[params[i].untyped_storage().data_ptr()], params[i].storage_offset(), i),
-    )
+    for i, storage in enumerate(storages):
+        first.setdefault(storage, i)
+    return sorted(range(len(params)), key=lambda i: (first[storages[i]], params[i].storage_offset(), i))
 
 
 def _joined(params: Sequence[Tensor]) -> list[bool]:

@@ -35,7 +35,7 @@ def flatten_parameters(model: torch.nn.Module) -> None:
         total = sum(p.numel() for p in params)
         weights = torch.empty(total, dtype=dtype, device=device)
         gradients = torch.zeros(total, dtype=dtype, device=device)
-        offset = 0
+        offset, views = 0, []
         for p in params:
             weight, gradient = (
                 flat[offset : offset + p.numel()].as_strided(p.shape, p.stride()) for flat in (weights, gradients)
@@ -46,13 +46,15 @@ def flatten_parameters(model: torch.nn.Module) -> None:
             p.data = weight
             p.grad = gradient
             flat_gradients[p] = (gradients, gradient, gradient.data_ptr())
+            views.append(id(gradient))
             offset += p.numel()
         if not had_gradients:
-            _zeroed[gradients] = gradients._version
+            _zeroed[gradients] = gradients._version, frozenset(views)
 
 
 flat_gradients: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (whole buffer, its view, where that lay)
-_zeroed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # whole buffer -> torch's count of writes to it when it was zeroed
+#: whole buffer -> torch's count of writes to it when it was zeroed, and the identities of the views that were
+_zeroed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def is_cleared(p: Tensor) -> bool:
@@ -60,27 +62,36 @@ def is_cleared(p: Tensor) -> bool:
     if p.grad is None:
         return True
     whole, view = _home(p)
-    return view is not None and p.grad is view and _zeroed.get(whole) == whole._version
+    if view is None or p.grad is not view:
+        return False
+    version, zeroed = _zeroed.get(whole) or (None, ())
+    return version == whole._version and id(view) in zeroed
 
 
 def clear_gradients(params: Sequence[Tensor], set_to_none: bool) -> None:
     """``zero_grad``, except that gradients flattened by :func:`flatten_parameters` stay where they are."""
-    buffers = {}
+    homes: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
     for p in params:
         whole, view = _home(p)
         if view is not None:
-            buffers[id(whole)] = whole
+            homes.setdefault(id(whole), (whole, {}))[1][id(view)] = view
             if p.grad is not view:
                 p.grad = view
         elif p.grad is not None:
             if set_to_none:
                 p.grad = None
+                continue
+            if p.grad.grad_fn is None:  # as torch does it: views, such as those of a bucket, cannot be detached
+                p.grad.requires_grad_(False)
             else:
                 p.grad.detach_()
-                p.grad.zero_()
-    for whole in buffers.values():
-        whole.zero_()
-        _zeroed[whole] = whole._version
+            p.grad.zero_()
+    for whole, views in homes.values():
+        if sum(view.numel() for view in views.values()) == whole.numel():
+            whole.zero_()
+        else:  # the others may be another optimizer's
+            torch._foreach_zero_(list(views.values()))
+        _zeroed[whole] = whole._version, frozenset(views)
 
 
 def _home(p: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -156,6 +156,18 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_is_the_first(on_host
     assert_same_rounding(seen[2:], clean, torch.float32)
 
 
+def test_an_average_that_was_cleared_starts_again(on_host):
+    """Also in memory that was marked as never started, and then took over the average of a pass without a gradient."""
+    params = [torch.nn.Parameter(t) for t in dense(torch.float32)]
+    optimizer = build_optimizer("F-SAM sigma=1.0 lmbda=0.9", "SGD", params, "cuda")
+    passes = [random_gradients(params, k) for k in range(6)]
+    passes[2][4] = None
+    scripted_steps(optimizer, params, passes[:4])
+    optimizer.state.clear()
+    scripted_steps(optimizer, params, passes[4:])
+    assert bits([optimizer.state[p]["momentum"] for p in params]) == bits(passes[4])
+
+
 @pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"clip_value": 0.3}], ids=str)
 @pytest.mark.parametrize("base", ["SGD momentum", "Adam"])
 def test_clipping(on_host, base, options):

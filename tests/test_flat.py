@@ -7,6 +7,7 @@ import torch
 
 from fastsam import SAM, FriendlySAM, flatten_parameters
 from fastsam.flat import FlatSpace
+from fastsam.flatten import is_cleared
 
 
 def _model():
@@ -102,3 +103,85 @@ def test_gradients_are_read_in_one_call_whatever_the_stride_of_a_single_element(
     assert space._scanner.gradients() == ([weight.grad], [weight.grad.data_ptr()])
     weight.grad = torch.ones(4, 8, 1, 1).transpose(0, 1)
     assert space._scanner.gradients() is None, "that one has to be copied"
+
+
+def test_a_flattened_gradient_of_another_optimizers_parameter_is_not_cleared(backend):
+    model = _model()
+    flatten_parameters(model)
+    body = SAM(model[0].parameters(), torch.optim.SGD, lr=0.01, backend=backend)
+    head = SAM(model[2].parameters(), torch.optim.SGD, lr=0.01, backend=backend)
+    _loss(model)
+    expected = [p.grad.clone() for p in model[2].parameters()]
+    body.zero_grad()
+    assert not any(p.grad.any() for p in model[0].parameters())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model[2].parameters(), expected, strict=True))
+    assert [is_cleared(p) for p in model.parameters()] == [True, True, False, False]
+    head.zero_grad()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+def test_gradients_that_are_views_are_zeroed_where_they_are(backend):
+    """As DistributedDataParallel's are with gradient_as_bucket_view."""
+    bucket = torch.ones(6)
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = bucket[2:]
+    SAM([weight], torch.optim.SGD, lr=0.01, backend=backend).zero_grad(set_to_none=False)
+    assert bucket.tolist() == [1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", [SAM, FriendlySAM])
+def test_a_model_that_is_flattened_into_another_order_after_a_step_goes_on(backend, method):
+    """Tensors of 12 and of 32 bytes: flattened, the second comes first."""
+    results = []
+    for flattened in (False, True):
+        model = torch.nn.ParameterList([torch.arange(1.0, 4.0), torch.arange(1.0, 9.0)])
+        optimizer = method(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend)
+        for step in range(3):
+            if flattened and step == 1:
+                flatten_parameters(model)
+            optimizer.step(lambda model=model: _sum_of_squares(*model))
+        results.append(torch.cat([p.detach() for p in model]))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("change", [lambda w: w[:4], lambda w: w.view(torch.bfloat16)[:8]], ids=["shorter", "narrower"])
+def test_a_weight_that_shrinks_where_it_lies_is_noticed(backend, change):
+    """The kernels would read its gradient beyond the end."""
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.0, rho=1.0, backend=backend)
+    optimizer.step(lambda: _sum_of_squares(weight))
+    weight.data = change(torch.zeros(8).set_(weight.data)).fill_(1.0)
+    weight.grad = torch.ones(8, dtype=weight.dtype)[: len(weight)]
+    with optimizer.perturbed():
+        torch.testing.assert_close(weight.detach(), 1 + torch.full_like(weight, len(weight) ** -0.5))
+    assert bool((weight == 1).all())
+
+
+def test_averages_that_changed_places_are_both_taken_over(backend):
+    one, other = weights = [torch.nn.Parameter(torch.full((3,), x)) for x in (1.0, 2.0)]
+    optimizer = FriendlySAM(weights, torch.optim.SGD, lr=0.0, lmbda=0.5, backend=backend)
+    optimizer.step(lambda: _sum_of_squares(*weights))
+    average = {p: optimizer.state[p]["momentum"].clone() for p in weights}
+    optimizer.state[one], optimizer.state[other] = optimizer.state[other], optimizer.state[one]
+    gradients = {p: 2 * p.detach() for p in weights}
+    optimizer.step(lambda: _sum_of_squares(*weights))
+    torch.testing.assert_close(optimizer.state[one]["momentum"], (average[other] + gradients[one]) / 2)
+    torch.testing.assert_close(optimizer.state[other]["momentum"], (average[one] + gradients[other]) / 2)
+
+
+def _sum_of_squares(*weights):
+    loss = sum(w.square().sum() for w in weights)
+    loss.backward()
+    return loss
+
+
+def test_weights_that_move_between_the_passes_are_followed(backend):
+    """Also those without elements, which have no place that they could leave."""
+    weights = [torch.nn.Parameter(w) for w in (torch.ones(2), torch.ones(3)[3:], torch.ones(4), torch.ones(0))]
+    optimizer = SAM(weights, torch.optim.SGD, lr=0.0, rho=1.0, backend=backend)
+    _sum_of_squares(*weights)
+    with optimizer.perturbed():
+        for w in weights:
+            w.data = w.data.clone()
+        assert not torch.equal(weights[2], torch.ones(4))
+    assert all(bool((w == 1).all()) for w in weights)

@@ -190,6 +190,9 @@ class _Table:
         self.rows.set_flags(flags, merge)
         return self.rows
 
+    def written(self, flat: Tensor, which) -> None:
+        """Nothing to note: flags say which state has started, and no mark in its memory."""
+
 
 def _backup(space: FlatSpace) -> int:
     return _address(space.buffer("backup").flat) if any(space.climbed) else 0
