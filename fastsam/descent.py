@@ -23,7 +23,12 @@ class SgdRule:
 
     @staticmethod
     def state_names(groups: Sequence[dict]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if any(g["momentum"] != 0 for g in groups) else ()
+        return ("momentum_buffer",) if any(map(SgdRule.keeps, groups)) else ()
+
+    @staticmethod
+    def keeps(group: dict) -> bool:
+        """Whether parameters of this group have state, where others in their space may."""
+        return group["momentum"] != 0
 
     @staticmethod
     def groups(groups: Sequence[dict]) -> Sequence[dict]:
@@ -43,6 +48,10 @@ class AdamRule:
     @staticmethod
     def state_names(groups: Sequence[dict]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "step")
+
+    @staticmethod
+    def keeps(group: dict) -> bool:
+        return True
 
     def groups(self, groups: Sequence[dict]) -> Sequence[dict]:
         return [{"decoupled_weight_decay": self._decoupled, **g} for g in groups]

@@ -215,8 +215,7 @@ class SharpnessAware(ClosureSteps):
                 "state_dict() between first_step() and second_step(): the weights are perturbed; "
                 "take the checkpoint after second_step(), or call restore() first"
             )
-        if not self._spaces.decide_on_host and not self._state_is_empty:
-            self._spaces.forget_never_started(self.state)
+        self._forget_marks()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -245,6 +244,7 @@ class SharpnessAware(ClosureSteps):
     def __getstate__(self) -> dict:
         if self._perturbed:
             raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
+        self._forget_marks()
         own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
         # The base optimizer finds the state here again; of its own, it would take the method's for its own.
         base = object.__new__(type(self.base_optimizer))

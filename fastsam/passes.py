@@ -44,6 +44,9 @@ class Accumulated:
 class Passes(torch.optim.Optimizer):
     """Climb and descend over every flat space; :class:`~fastsam.optimizer.SharpnessAware` says when."""
 
+    #: whether the last update was a fused one: such marks on a device what has never started (see ``Spaces``)
+    _was_fused = True
+
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         leave_untraced(cls)
@@ -98,6 +101,9 @@ class Passes(torch.optim.Optimizer):
             self._sums = self._ranks.agreed(self._spaces.total(self._spaces, sums))
             options = dict(grad_scale=factor, **clipping)
             rule = fused_rule(self.base_optimizer)
+            if rule is None and self._was_fused:  # before a hook came, say
+                self._forget_marks()
+            self._was_fused = rule is not None
             if rule is None:
                 committed = self._restore_then_base_step(options)
                 self._spaces.find_states(self.state)  # of which that may have added some
@@ -166,7 +172,8 @@ class Passes(torch.optim.Optimizer):
         descent, buffers = self._descent(space, rule, options, accumulated)
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
         if committed and not all(descent.started):
-            updated = [g is not None for g in space.gradients]
+            kept = [rule.keeps(group) for group in self.param_groups]
+            updated = [g is not None and kept[i] for g, i in zip(space.gradients, space.groups, strict=True)]
             for name, buffer in buffers.items():
                 self._spaces.publish(space, self.state, name, buffer, updated)
 
@@ -198,6 +205,11 @@ class Passes(torch.optim.Optimizer):
         with self._own_state_hidden():
             self.base_optimizer.step()
         return True
+
+    def _forget_marks(self) -> None:
+        """Takes out of the state what a device marked as never started, before anybody else reads it; waits for it."""
+        if not self._spaces.decide_on_host and not self._state_is_empty:
+            self._spaces.forget_never_started(self.state)
 
     @contextlib.contextmanager
     def _own_state_hidden(self) -> Iterator[None]:
@@ -244,8 +256,17 @@ class Passes(torch.optim.Optimizer):
             else:
                 space.swap("momentum_accumulated", "momentum_next")
                 kept = accumulated.averages[i]
+                if not self._spaces.decide_on_host:
+                    self._abandon_averages(space, kept)
             self._spaces.publish(space, self.state, "momentum", space.buffer("momentum_next"), kept)
             space.swap("momentum", "momentum_next")
+
+    def _abandon_averages(self, space: FlatSpace, kept: list[bool]) -> None:
+        """What descend's kernels do where the step does not count, for parameters without a gradient there."""
+        old, new, finite = space.buffer("momentum"), space.buffer("momentum_next"), self._sums.isfinite().all()
+        for i, g in enumerate(space.gradients):
+            if kept[i] and g is None:
+                new.views[i].copy_(torch.where(finite.to(space.device), new.views[i], old.views[i]))
 
     def _clear_gradients(self, set_to_none: bool = True) -> None:
         clear_gradients(self._every_parameter(), set_to_none)

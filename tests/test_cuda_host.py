@@ -156,6 +156,22 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_is_the_first(on_host
     assert_same_rounding(seen[2:], clean, torch.float32)
 
 
+def test_an_eigenvector_that_only_some_spaces_have_bends_the_step_in_all(on_host):
+    """c_d = rho (1/n - alpha s <d,v>/n^2) is one number, wherever v is."""
+    ends = []
+    for backend in ("torch", "cuda"):
+        params = [
+            torch.nn.Parameter(noise((3000,), i, dtype)) for i, dtype in enumerate((torch.float32, torch.float64))
+        ]
+        optimizer = fastsam.EigenSAM(params, torch.optim.SGD, rho=1.0, alpha=0.9, lr=0.1, backend=backend)
+        optimizer.eigenvector = [like(p.detach(), 9) for p in params]
+        del optimizer.state[params[1]]["eigenvector"]
+        set_gradients(params, [like(p.detach(), 9) for p in params])
+        with optimizer.perturbed():
+            ends.append(copies(params))
+    assert_same_rounding(ends[1:], ends[:1], torch.float32)
+
+
 def test_an_average_that_was_cleared_starts_again(on_host):
     """Also in memory that was marked as never started, and then took over the average of a pass without a gradient."""
     params = [torch.nn.Parameter(t) for t in dense(torch.float32)]

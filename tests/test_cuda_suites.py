@@ -12,6 +12,7 @@ from test_amp import *  # noqa: F403
 from test_clipping import *  # noqa: F403
 from test_closure import *  # noqa: F403
 from test_model_state import *  # noqa: F403
+from test_random_programs import *  # noqa: F403
 from test_resume import *  # noqa: F403
 from test_schedules import *  # noqa: F403
 

@@ -309,11 +309,6 @@ def test_coefficients_are_computed_on_the_device_unless_they_are_of_the_closed_f
     assert launches.ascent_lines(ascent, sums) == [(0.5, 0.0, 0.0, 0.0, False)]
 
 
-def test_an_alpha_without_a_vector_is_somebody_elses():
-    ascent = Ascent([{"rho": 0.5, "alpha": 0.99}])
-    assert launches.ascent_lines(ascent, None) == [(0.5, 0.0, 0.0, 0.0, False)]
-
-
 def test_powers_of_beta_are_exact_enough():
     group = dict(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled_weight_decay=True, maximize=False)
     line = dict(zip(device.ADAM, launches.adam_lines([group])[0], strict=True))

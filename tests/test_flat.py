@@ -185,3 +185,20 @@ def test_weights_that_move_between_the_passes_are_followed(backend):
             w.data = w.data.clone()
         assert not torch.equal(weights[2], torch.ones(4))
     assert all(bool((w == 1).all()) for w in weights)
+
+
+def test_a_group_that_gains_momentum_later_meets_its_buffer_first(backend):
+    """torch's SGD keeps no buffer for it until then, whatever another group has."""
+    expected, weights = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    groups = [[{"params": p[:1]}, {"params": p[1:], "momentum": 0.0}] for p in (expected, weights)]
+    settings = dict(lr=0.1, momentum=0.9, dampening=0.5)
+    plain = torch.optim.SGD(groups[0], **settings)
+    optimizer = SAM(groups[1], torch.optim.SGD, rho=0.0, backend=backend, **settings)
+    for _ in range(3):
+        plain.zero_grad()
+        _sum_of_squares(*expected)
+        plain.step()
+        optimizer.step(lambda: _sum_of_squares(*weights))
+        assert [optimizer.state[p].keys() for p in weights] == [plain.state[p].keys() for p in expected]
+        plain.param_groups[1]["momentum"] = optimizer.param_groups[1]["momentum"] = 0.9
+    torch.testing.assert_close(weights, expected)

@@ -23,9 +23,9 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
     layout = table.layout(space)
     sums = table.sums[ascent.met is not None]
     met = None if ascent.met is None else ascent.met.to(space.device)
+    _mark_ascent(space, ascent)
     if not layout.programs:
         return sums.zero_() if met is None else torch.mul(met, 0, out=sums)
-    _mark_ascent(space, ascent)
     groups = _ascent_groups(space, ascent) if _weighted(ascent) or ascent.ema is not None else None
     buffers = (ascent.ema, ascent.vector, table.partials, table.counter, sums, met)
     scaling = _ascent_scaling(space, ascent)
@@ -112,7 +112,7 @@ def ascent_lines(ascent: Ascent, sums: Tensor | None) -> list[tuple]:
     """The groups' lines for the first pass; with ``sums``, a method's own coefficients computed on the device."""
     lines = []
     for g in ascent.groups:
-        pair = g.get("rho", 0.0), g.get("alpha", 0.0) if ascent.vector is not None else 0.0
+        pair = g.get("rho", 0.0), g.get("alpha", 0.0)  # without any v, <d,v> is 0 and so is its sign
         if sums is not None and not closed_form(ascent):
             pair = ascent.coefficients(*sums.unbind(), g)
         lines.append((*pair, g.get("sigma", 0.0), g.get("lmbda", 0.0), g.get("adaptive", False)))
@@ -171,7 +171,8 @@ def _sgd_groups(space: FlatSpace, descent: Descent, updated: Sequence[bool]) -> 
     momentum = descent.state.get("momentum_buffer")
     if momentum is not None:
         table.blank(space, momentum, descent.started, math.nan)
-        table.written(momentum, updated)
+        with_momentum = [group["momentum"] != 0 for group in descent.groups]
+        table.written(momentum, [u and with_momentum[g] for u, g in zip(updated, space.groups, strict=True)])
     return table.hyper("sgd", sgd_lines(descent.groups))
 
 
