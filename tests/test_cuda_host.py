@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: their own code run on this processor, what launches are planned with, the import.
 
 Under FASTSAM_CUDA_ON_HOST=1 the compiled kernels run block after block on CPU tensors. Barriers and atomics are
-test_cuda_concurrency.py's; only the instructions of a GPU are left to prove on one.
+test_cuda_concurrency.py's, and what nvcc makes of them all is test_ptx.py's.
 """
 
 import subprocess

@@ -136,13 +136,11 @@ FASTSAM_INLINE void put(double* at, int stride, const Sums& sums) {
   at[2 * stride] = sums.vv;
 }
 
-// What add(F{}) adds up in the weights' own precision or, where that overflows, in double: few GPUs do more than one
-// operation in double in the time of 64 in float. What float loses at its lower end is nothing beside a norm's epsilon.
-template <class W, class Add>
-FASTSAM_INLINE Sums without_overflow(Add add) {
-  const Sums sums = add(Scalar<W>{});
-  if (std::is_same_v<Scalar<W>, double> || is_finite(sums.dd + sums.dv + sums.vv)) return sums;
-  return add(double{});
+// Whether a block has to add up again, in double: few GPUs do more than one operation there in the time of 64 in float.
+// What float loses at its lower end is nothing beside the epsilon of a norm.
+template <class W>
+FASTSAM_INLINE bool overflowed(const Sums& sums) {
+  return !std::is_same_v<Scalar<W>, double> && !is_finite(sums.dd + sums.dv + sums.vv);
 }
 
 // Sums that have to be finite for these to be: 0 times infinity is NaN.
@@ -167,8 +165,9 @@ __device__ __forceinline__ Sums over_threads(Sums* lanes, const Sums& part) {
 template <class W, class G>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<W, G>) gram_kernel(const __grid_constant__ GramArgs a) {
   __shared__ Sums lanes[kThreads];
-  const Sums sums = without_overflow<W>(
-      [&](auto f) { return over_threads(lanes, Gram<W, G>::template of_block<decltype(f)>(a, blockIdx.x, gridDim.x, threadIdx.x)); });
+  using P = Gram<W, G>;
+  Sums sums = over_threads(lanes, P::template of_block<Scalar<W>>(a, blockIdx.x, gridDim.x, threadIdx.x));
+  if (overflowed<W>(sums)) sums = over_threads(lanes, P::template of_block<double>(a, blockIdx.x, gridDim.x, threadIdx.x));
   if (threadIdx.x == 0) put(a.partials + blockIdx.x, gridDim.x, sums);
   if (finished_last(a.counter, gridDim.x)) {
     const Sums total = over_threads(lanes, over_blocks(a, gridDim.x, threadIdx.x));
@@ -189,9 +188,10 @@ Sums block_on_host(Part part) {
 template <class W, class G>
 void gram_on_host(const GramArgs& a, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    const Sums sums = without_overflow<W>([&](auto f) {
-      return block_on_host([&](int thread) { return Gram<W, G>::template of_block<decltype(f)>(a, block, blocks, thread); });
-    });
+    using P = Gram<W, G>;
+    Sums sums = block_on_host([&](int thread) { return P::template of_block<Scalar<W>>(a, block, blocks, thread); });
+    if (overflowed<W>(sums))
+      sums = block_on_host([&](int thread) { return P::template of_block<double>(a, block, blocks, thread); });
     put(a.partials + block, blocks, sums);
   }
   put(a.sums, 1, carried(block_on_host([&](int thread) { return over_blocks(a, blocks, thread); }), a.met));

@@ -284,6 +284,16 @@ def descend_adam(
 
 
 @triton.jit
+def _root(x):
+    """sqrt(x), also where float32 has no normal number for x: a GPU's approximation takes that for 0."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        small = x < 2.0**-96
+        return tl.sqrt(tl.where(small, x * 2.0**64, x)) * tl.where(small, 2.0**-32, 1.0)
+
+
+@triton.jit
 def _adam_range(
     begin, end, w, source, g, first, second, line, scale, limit, t, kind,
     W: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
@@ -312,7 +322,7 @@ def _adam_range(
         s = load(second, at, end, W, FULL).to(WIDE) * beta2 + d * d * one_minus_beta2
         store(first, at, end, a, W, FULL, "")
         store(second, at, end, s, W, FULL, "")
-        denominator = tl.sqrt(s) / correction2 + eps
+        denominator = _root(s) / correction2 + eps
         store(w, at, end, tl.where(step_size != 0, old * factor - a / denominator * step_size, old), W, FULL, "")
 
 
