@@ -71,7 +71,6 @@ class FlatSpace:
         self.weights = [p.data_ptr() for p in self.params]
         self.layouts = [_layout(p) for p in self.params]
         self.sizes = [p.numel() for p in self.params]
-        self.nbytes = [p.nbytes for p in self.params]
         self.joined = _joined(self.params)
         self.offsets, self.numel = _offsets(self.params, self.joined)
         self.gradients: list[Tensor | None] = [None] * len(self.params)
@@ -154,15 +153,19 @@ class FlatSpace:
         """Whether the parameters are still what the space was built for; follows weights that only moved."""
         if self.spread:
             self.params = list(map(local, self.owners))
-        weights = list(map(Tensor.data_ptr, self.params))
-        if list(map(_nbytes, self.params)) != self.nbytes:  # as p.data = p.data[:n] does where it lies
+        weights = self._scanner.weights() if self._scanner is not None else self._python_weights()
+        if weights is None:
             return False
         if weights != self.weights:
             in_order = _storage_order(self.params) == list(range(len(weights)))
-            if not in_order or list(map(_layout, self.params)) != self.layouts or _joined(self.params) != self.joined:
+            if not in_order or _joined(self.params) != self.joined:
                 return False
             self.weights = weights
         return True
+
+    def _python_weights(self) -> list[int] | None:
+        """The parameters' addresses, or None if one is not laid out as it was, which may be where it lies."""
+        return list(map(Tensor.data_ptr, self.params)) if list(map(_layout, self.params)) == self.layouts else None
 
     def collect_gradients(self) -> None:
         """Reads ``p.grad`` of every parameter and checks that the kernels can walk it beside the weight.
@@ -195,14 +198,11 @@ class FlatSpace:
 
 
 def _scanner(params: list[Tensor]):
-    """The compiled reader of gradients, where it is built and torch offers DLPack's exchange API (2.10 on)."""
+    """The compiled reader of weights and gradients, if it was built and torch has DLPack's exchange API (2.10 on)."""
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if _cpu is None or api is None or any(type(p) not in (Tensor, torch.nn.Parameter) for p in params):
         return None
     return _cpu.Scanner(params, api, Tensor)
-
-
-_nbytes = Tensor.nbytes.__get__
 
 
 def _layout(p: Tensor) -> tuple:

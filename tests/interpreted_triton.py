@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from conftest import require_backend
-from reference import BASES, METHODS, build_optimizer, mlp
+from reference import BASES, METHODS, SOME_METHODS, build_optimizer, mlp
 from reference.scripted import (
     assert_same_rounding,
     bits,
@@ -26,14 +26,6 @@ from fastsam.kernels import device
 from fastsam.kernels import triton as backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SOME_METHODS = [
-    "SAM",
-    "ASAM",
-    "F-SAM sigma=0.5 lmbda=0.9",
-    "Eigen-SAM given v",
-    "adaptive Eigen-SAM given v",
-    "F-SAM + Eigen-SAM given v",
-]
 FUSED = [
     name for name, (base, kwargs) in BASES.items() if base in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 ]

@@ -13,7 +13,7 @@ import pytest
 import tape
 import torch
 from net import Net, batch
-from reference import METHODS, build_optimizer
+from reference import METHODS, SOME_METHODS, build_optimizer
 from reference.scripted import (
     assert_same_rounding,
     bits,
@@ -36,14 +36,6 @@ if cuda._cuda is None:
     pytest.skip(f"backend 'cuda': {cuda.unavailable()}", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SOME_METHODS = [
-    "SAM",
-    "ASAM",
-    "F-SAM sigma=0.5 lmbda=0.9",
-    "Eigen-SAM given v",
-    "adaptive Eigen-SAM given v",
-    "F-SAM + Eigen-SAM given v",
-]
 SGD_AND_ADAM = [
     "SGD",
     "SGD momentum",

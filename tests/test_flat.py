@@ -157,6 +157,23 @@ def test_a_weight_that_shrinks_where_it_lies_is_noticed(backend, change):
     assert bool((weight == 1).all())
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_weight_that_is_transposed_where_it_lies_is_noticed(backend, monkeypatch, compiled):
+    """Walked as before, each element would be moved along another's gradient."""
+    if not compiled:  # as with torch before 2.10
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    weight = torch.nn.Parameter(torch.zeros(3, 3))
+    optimizer = SAM([weight], torch.optim.SGD, lr=0.0, rho=1.0, backend=backend)
+    weight.grad = torch.ones(3, 3)
+    optimizer.first_step()
+    optimizer.second_step()
+    weight.data = weight.data.t()
+    weight.grad = torch.arange(9.0).view(3, 3)
+    with optimizer.perturbed():
+        torch.testing.assert_close(weight.detach(), torch.arange(9.0).view(3, 3) / torch.arange(9.0).norm())
+    assert not weight.any()
+
+
 def test_averages_that_changed_places_are_both_taken_over(backend):
     one, other = weights = [torch.nn.Parameter(torch.full((3,), x)) for x in (1.0, 2.0)]
     optimizer = FriendlySAM(weights, torch.optim.SGD, lr=0.0, lmbda=0.5, backend=backend)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import require_backend
-from reference import METHODS, build_optimizer, build_reference, mlp
+from reference import METHODS, SOME_METHODS, build_optimizer, build_reference, mlp
 from reference.scripted import (
     assert_same_rounding,
     bits,
@@ -18,14 +18,6 @@ import fastsam
 
 FAST_BACKENDS = ["cpu"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SOME_METHODS = [
-    "SAM",
-    "ASAM",
-    "F-SAM sigma=0.5 lmbda=0.9",
-    "Eigen-SAM given v",
-    "adaptive Eigen-SAM given v",
-    "F-SAM + Eigen-SAM given v",
-]
 SOME_BASES = ["SGD momentum", "AdamW"]
 
 

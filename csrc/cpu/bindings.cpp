@@ -137,6 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Scanner>(m, "Scanner")
       .def(py::init<py::list, py::capsule, py::object>())
+      .def("weights", &Scanner::weights)
       .def("gradients", &Scanner::gradients);
 
   m.def("isa", [] { return kernels().name; });

@@ -1,4 +1,4 @@
-// Reads every parameter's gradient in one call: the usual case of the work that Python would do tensor by tensor.
+// Looks at every parameter, or its gradient, in one call: the usual case of what Python would do tensor by tensor.
 //
 // Tensors are looked at through DLPack's C exchange API, which torch offers from 2.10 on: a stable binary interface
 // that needs no header of torch.
@@ -47,6 +47,19 @@ class Scanner {
     }
   }
 
+  // The parameters' addresses, or None if one is not laid out as it was.
+  py::object weights() const {
+    const size_t n = parameters_.size();
+    py::list addresses(n);
+    for (size_t i = 0; i < n; ++i) {
+      DlTensor t;
+      if (api_->tensor_from_object(parameters_[i].ptr(), &t)) throw py::error_already_set();
+      if (!layouts_[i].equals(t)) return py::none();
+      addresses[i] = address(t);
+    }
+    return addresses;
+  }
+
   // (gradients, their addresses), or None if one is missing or is not laid out as its parameter was.
   py::object gradients() const {
     const size_t n = parameters_.size();
@@ -60,7 +73,7 @@ class Scanner {
         return py::none();
       }
       if (!layouts_[i].equals(t)) return py::none();
-      addresses[i] = reinterpret_cast<uintptr_t>(t.data) + t.byte_offset;
+      addresses[i] = address(t);
       found[i] = std::move(g);
     }
     return py::make_tuple(found, addresses);
@@ -85,6 +98,8 @@ class Scanner {
       return true;
     }
   };
+
+  static uintptr_t address(const DlTensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 
   DlExchangeApi* api_;
   py::object tensor_;

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from reference import METHODS, build_optimizer
+from reference import METHODS, SOME_METHODS, build_optimizer
 from reference.scripted import assert_same_rounding, copies, like, noise, set_gradients
 
 import fastsam
@@ -18,14 +18,6 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 BACKENDS = [name for name in kernels.NAMES if name not in ("cpu", "torch")]
 SIZES = [(1,), (17,), (0,), (), (5, 7), (1023,), (300_007,), (512, 1024), (33, 65)]
-SOME_METHODS = [
-    "SAM",
-    "ASAM",
-    "F-SAM sigma=0.5 lmbda=0.9",
-    "Eigen-SAM given v",
-    "adaptive Eigen-SAM given v",
-    "F-SAM + Eigen-SAM given v",
-]
 SOME_BASES = ["SGD momentum", "SGD nesterov", "AdamW", "Adam"]
 
 

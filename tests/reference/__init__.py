@@ -2,11 +2,12 @@
 
 from .loops import ReferenceEigenSAM, ReferenceFriendlySAM, ReferenceSAM
 from .problems import Problem, convnet, mlp
-from .table import BASES, METHODS, Method, build_optimizer, build_reference
+from .table import BASES, METHODS, SOME_METHODS, Method, build_optimizer, build_reference
 
 __all__ = [
     "BASES",
     "METHODS",
+    "SOME_METHODS",
     "Method",
     "Problem",
     "ReferenceEigenSAM",

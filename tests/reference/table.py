@@ -47,6 +47,16 @@ METHODS = {
     "Eigen-SAM own v": Method("EigenSAM", ReferenceEigenSAM, {"alpha": 0.2, "freq": 20}, "own"),
 }
 
+#: One of each kind: what every backend is held against the specification with.
+SOME_METHODS = [
+    "SAM",
+    "ASAM",
+    "F-SAM sigma=0.5 lmbda=0.9",
+    "Eigen-SAM given v",
+    "adaptive Eigen-SAM given v",
+    "F-SAM + Eigen-SAM given v",
+]
+
 BASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.05}),
     "SGD momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}),
