@@ -111,8 +111,8 @@ class FlatSpace:
         values = [None if s is None else s.get(name) for s in self.states]
         if list(map(id, values)) == buffer.ids:
             return [True] * len(values)
-        foreign = [v is not None and v is not view for v, view in zip(values, buffer.views, strict=True)]
-        for i in (i for i, is_foreign in enumerate(foreign) if is_foreign):
+        foreign = [i for i, v in enumerate(values) if v is not None and v is not buffer.views[i]]
+        for i in foreign:
             if values[i].shape != buffer.views[i].shape:
                 raise ValueError(
                     f"{name!r} in the state of {describe(self.owners[i])} has shape {tuple(values[i].shape)}: the "
@@ -120,7 +120,7 @@ class FlatSpace:
                 )
             if id(values[i]) in buffer.ids:  # another's view, whose memory is about to be written
                 values[i] = values[i].clone()
-        for i in (i for i, is_foreign in enumerate(foreign) if is_foreign):
+        for i in foreign:
             buffer.views[i].copy_(distributed_like(buffer.views[i], values[i]))
             self.states[i][name] = buffer.views[i]
         cleared = [value is None and used for value, used in zip(values, buffer.used, strict=True)]

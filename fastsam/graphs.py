@@ -241,10 +241,7 @@ class CapturedStep:
         optimizer = self._optimizer
         for part, climbed, updated in zip(plan, graph.climbed, graph.updated, strict=True):
             if not all(part.descent.started):
-                kept = [part.rule.keeps(group) for group in optimizer.param_groups]
-                which = [u and kept[i] for u, i in zip(updated, part.space.groups, strict=True)]
-                for name, buffer in part.buffers.items():
-                    optimizer._spaces.publish(part.space, optimizer.state, name, buffer, which)
+                optimizer._publish_base_state(part.space, part.rule, part.buffers, updated)
             if optimizer.uses_ema and part.space.perturbed:
                 kept = [had or now for had, now in zip(part.ascent.ema_started, climbed, strict=True)]
                 buffer = part.space.buffer("momentum_next")

@@ -172,10 +172,14 @@ class Passes(torch.optim.Optimizer):
         descent, buffers = self._descent(space, rule, options, accumulated)
         getattr(space.kernels, rule.kernel)(space, descent, self._sums.to(space.device))
         if committed and not all(descent.started):
-            kept = [rule.keeps(group) for group in self.param_groups]
-            updated = [g is not None and kept[i] for g, i in zip(space.gradients, space.groups, strict=True)]
-            for name, buffer in buffers.items():
-                self._spaces.publish(space, self.state, name, buffer, updated)
+            self._publish_base_state(space, rule, buffers, [g is not None for g in space.gradients])
+
+    def _publish_base_state(self, space: FlatSpace, rule, buffers: dict, updated: list[bool]) -> None:
+        """What a fused update of the ``updated`` parameters wrote becomes the base optimizer's state."""
+        kept = [rule.keeps(group) for group in self.param_groups]
+        which = [u and kept[i] for u, i in zip(updated, space.groups, strict=True)]
+        for name, buffer in buffers.items():
+            self._spaces.publish(space, self.state, name, buffer, which)
 
     def _descent(self, space: FlatSpace, rule, options: dict, accumulated: Accumulated | None) -> tuple[Descent, dict]:
         """What the second pass over one space is given, and the base optimizer's buffers there by their names."""
