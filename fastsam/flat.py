@@ -9,7 +9,9 @@ is spread over several processes (a DTensor) the kernels see this process's part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from array import array
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +36,6 @@ class FlatBuffer:
             placed_like(owner, self.flat[offset : offset + p.numel()].as_strided(p.shape, p.stride()))
             for owner, p, offset in zip(space.owners, space.params, space.offsets, strict=True)
         ]
-        self.ids = list(map(id, self.views))
         self.used = [False] * len(self.views)  # parts that are somebody's state, or were
 
 
@@ -44,7 +45,6 @@ class StepCounts:
     def __init__(self, space: FlatSpace) -> None:
         self.flat = torch.zeros(len(space.params), dtype=torch.float32, device=space.device)
         self.views = list(self.flat.unbind())
-        self.ids = list(map(id, self.views))
         self.used = [False] * len(self.views)  # parts that are somebody's state, or were
 
 
@@ -68,19 +68,19 @@ class FlatSpace:
         self.dtype = self.params[0].dtype
         for p in self.params:
             check_dense(p)
-        self.weights = [p.data_ptr() for p in self.params]
+        self.weights = packed(p.data_ptr() for p in self.params)
         self.layouts = [_layout(p) for p in self.params]
         self.sizes = [p.numel() for p in self.params]
+        self.some_empty = 0 in self.sizes
         self.joined = _joined(self.params)
         self.offsets, self.numel = _offsets(self.params, self.joined)
         self.gradients: list[Tensor | None] = [None] * len(self.params)
-        self.gradient_addresses = [0] * len(self.params)
-        self.gradient_dtypes = [self.dtype] * len(self.params)
+        self.gradient_addresses = bytes(len(self.weights))
+        self.gradient_dtypes = self._dtypes = (self.dtype,) * len(self.params)
         self.climbed = [False] * len(self.params)
         self.states: list[dict | None] = [None] * len(self.params)
         self.kernels = None  # the backend that serves this space
         self.table = None  # that backend's own view of the addresses
-        self._dtypes = self.gradient_dtypes
         self._scanner = _scanner(self.owners)
         self._buffers: dict[str, FlatBuffer | StepCounts] = {}
 
@@ -109,8 +109,9 @@ class FlatSpace:
         one for a parameter that is spread over processes, this process's part.
         """
         values = [None if s is None else s.get(name) for s in self.states]
-        if list(map(id, values)) == buffer.ids:
+        if same(values, buffer.views):
             return [True] * len(values)
+        own = set(map(id, buffer.views))
         foreign = [i for i, v in enumerate(values) if v is not None and v is not buffer.views[i]]
         for i in foreign:
             if values[i].shape != buffer.views[i].shape:
@@ -118,7 +119,7 @@ class FlatSpace:
                     f"{name!r} in the state of {describe(self.owners[i])} has shape {tuple(values[i].shape)}: the "
                     "parameter was given another shape since, clear its state"
                 )
-            if id(values[i]) in buffer.ids:  # another's view, whose memory is about to be written
+            if id(values[i]) in own:  # another's view, whose memory is about to be written
                 values[i] = values[i].clone()
         for i in foreign:
             buffer.views[i].copy_(distributed_like(buffer.views[i], values[i]))
@@ -157,15 +158,25 @@ class FlatSpace:
         if weights is None:
             return False
         if weights != self.weights:
-            in_order = _storage_order(self.params) == list(range(len(weights)))
+            in_order = _storage_order(self.params) == list(range(len(self.params)))
             if not in_order or _joined(self.params) != self.joined:
                 return False
             self.weights = weights
         return True
 
-    def _python_weights(self) -> list[int] | None:
+    def restore_changed(self) -> list[Tensor]:
+        """``restore`` for weights that are not what the kernels were told; returns those that have another shape."""
+        reshaped = []
+        for p, weights, climbed in zip(self.owners, self.buffer("backup").views, self.climbed, strict=True):
+            if climbed and p.shape == weights.shape:
+                p.copy_(weights)
+            elif climbed:
+                reshaped.append(p)
+        return reshaped
+
+    def _python_weights(self) -> bytes | None:
         """The parameters' addresses, or None if one is not laid out as it was, which may be where it lies."""
-        return list(map(Tensor.data_ptr, self.params)) if list(map(_layout, self.params)) == self.layouts else None
+        return packed(map(Tensor.data_ptr, self.params)) if list(map(_layout, self.params)) == self.layouts else None
 
     def collect_gradients(self) -> None:
         """Reads ``p.grad`` of every parameter and checks that the kernels can walk it beside the weight.
@@ -187,14 +198,30 @@ class FlatSpace:
         self.gradients = [
             None if g is None else _matching_gradient(p, g) for p, g in zip(self.params, gradients, strict=True)
         ]
-        self.gradient_addresses = [0 if g is None else g.data_ptr() for g in self.gradients]
-        self.gradient_dtypes = [self.dtype if g is None else g.dtype for g in self.gradients]
+        self.gradient_addresses = packed(0 if g is None else g.data_ptr() for g in self.gradients)
+        dtypes = tuple(self.dtype if g is None else g.dtype for g in self.gradients)
+        self.gradient_dtypes = self._dtypes if dtypes == self._dtypes else dtypes
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some gradient has another dtype than the weights."""
+        return self.gradient_dtypes is not self._dtypes
 
     def _keep_copied_gradients(self) -> None:
         """A shard's gradient that was copied into another layout becomes the gradient, for whoever reads it next."""
         for owner, g in zip(self.owners, self.gradients, strict=True):
             if g is not None and g is not local_gradient(owner):
                 owner.grad = placed_like(owner, g)
+
+
+def same(some: Collection, others: Collection) -> bool:
+    """Whether both hold the very same objects in the same order; ``==`` would compare tensors."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def packed(addresses: Iterable[int]) -> bytes:
+    """Addresses as int64: what kernels are given, and what two steps compare by, quickly at any number."""
+    return array("q", addresses).tobytes()
 
 
 def _scanner(params: list[Tensor]):

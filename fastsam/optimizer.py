@@ -134,12 +134,14 @@ class SharpnessAware(ClosureSteps):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the weights back and abandons the step; does nothing if they are not perturbed."""
+        """Puts the weights back and abandons the step; does nothing if they are not perturbed.
+
+        Wherever they lie by now: a model may have been moved or cast meanwhile. Raises ``RuntimeError``, when all
+        others are back, for a parameter that was given another shape.
+        """
         if not self._perturbed:
             return
-        self._spaces.follow()
-        for space in self._spaces:
-            space.kernels.restore(space)
+        self._spaces.restore()
         self._weights_changed()
         self._spaces.release_gradients()
         self._perturbed = False

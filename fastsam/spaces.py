@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from fastsam import kernels
-from fastsam.checks import check_real
+from fastsam.checks import check_real, describe
 from fastsam.distributed import Ranks, local, shard_groups
-from fastsam.flat import FlatSpace
+from fastsam.flat import FlatSpace, same
 
 
 def takes_part(p: Tensor) -> bool:
@@ -25,9 +26,9 @@ class Spaces:
         self.backend = backend
         self.ranks = ranks
         self._spaces: list[FlatSpace] = []
-        self._members: list | None = None
+        self._members: list[tuple[list[Tensor], bool]] = []
         self._idle: list[Tensor] = []
-        self._entries: list[int] | None = None
+        self._entries: list[dict] | None = None
 
     def __iter__(self) -> Iterator[FlatSpace]:
         return iter(self._spaces)
@@ -37,8 +38,7 @@ class Spaces:
 
         Frozen parameters have no part in them, so that no buffer has room for them.
         """
-        members = [(list(map(id, group["params"])), bool(group["perturb"])) for group in groups]
-        if members != self._members or any(map(takes_part, self._idle)) or not self._still_fit():
+        if not self._same_members(groups) or any(map(takes_part, self._idle)) or not self._still_fit():
             split: dict[tuple, dict[Tensor, int]] = {}
             idle = []
             for g, group in enumerate(groups):
@@ -52,17 +52,23 @@ class Spaces:
             spaces = [FlatSpace(list(found), list(found.values()), key[2]) for key, found in split.items()]
             for space in spaces:
                 space.kernels = kernels.choose(self.backend, space.device, space.dtype)
+            members = [(list(group["params"]), bool(group["perturb"])) for group in groups]
             self._spaces, self._members, self._idle, self._entries = spaces, members, idle, None
             self.ranks.forget()
         self.find_states(state)
 
     def find_states(self, state) -> None:
         """Has every space look up its state again if an entry of the optimizer's ``state`` was added or replaced."""
-        entries = list(map(id, state.values()))
-        if entries != self._entries:
+        if self._entries is None or not same(state.values(), self._entries):
             for space in self._spaces:
                 space.find_states(state)
-            self._entries = entries
+            self._entries = list(state.values())
+
+    def _same_members(self, groups: Sequence[dict]) -> bool:
+        return len(groups) == len(self._members) and all(
+            same(group["params"], params) and bool(group["perturb"]) == perturbed
+            for group, (params, perturbed) in zip(groups, self._members, strict=True)
+        )
 
     def _still_fit(self) -> bool:
         return all(space.still_fits() for space in self._spaces)
@@ -70,7 +76,7 @@ class Spaces:
     def publish(self, space: FlatSpace, state, name: str, buffer, which: Sequence[bool]) -> None:
         """Makes the views of ``buffer`` the ``state[p][name]`` of the parameters of ``space`` that ``which`` marks."""
         if space.publish(state, name, buffer, which):
-            self._entries = list(map(id, state.values()))
+            self._entries = list(state.values())
 
     def forget_never_started(self, state) -> None:
         """Takes out of ``state`` what a device marked as never started: a first step that it found to be abandoned.
@@ -92,6 +98,20 @@ class Spaces:
                 "change the model between steps"
             )
 
+    def restore(self) -> None:
+        """Puts back the weights that were climbed from, and raises ``RuntimeError`` for those of another shape."""
+        reshaped = []
+        for space in self._spaces:
+            if space.still_fits():
+                space.kernels.restore(space)
+            else:
+                reshaped += space.restore_changed()
+        if reshaped:
+            raise RuntimeError(
+                f"{describe(reshaped[0])} was given that shape between first_step() and second_step(), so that its "
+                "weights cannot be put back: give it the shape it had and call restore()"
+            )
+
     def collect_gradients(self) -> None:
         """Reads every gradient; raises, before anything changes, for one that cannot be used."""
         if any(p.grad is not None for p in self._idle):
@@ -101,6 +121,13 @@ class Spaces:
             )
         for space in self._spaces:
             space.collect_gradients()
+        if not any(g is not None for space in self._spaces for g in space.gradients):
+            warnings.warn(
+                "no parameter has a gradient, so that this pass does nothing: call loss.backward() before first_step() "
+                "and, at the perturbed weights, again before second_step()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def release_gradients(self) -> None:
         """Lets go of the gradients of a finished pass: their memory is the next pass's."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastsam import SAM, FriendlySAM, flatten_parameters
-from fastsam.flat import FlatSpace
+from fastsam.flat import FlatSpace, packed
 from fastsam.flatten import is_cleared
 
 
@@ -100,7 +100,7 @@ def test_gradients_are_read_in_one_call_whatever_the_stride_of_a_single_element(
     weight = torch.nn.Parameter(torch.ones(8, 4, 1, 1))
     weight.grad = torch.empty_strided(weight.shape, (4, 1, 4, 4)).fill_(2.0)
     space = FlatSpace([weight], [0], perturbed=True)
-    assert space._scanner.gradients() == ([weight.grad], [weight.grad.data_ptr()])
+    assert space._scanner.gradients() == ([weight.grad], packed([weight.grad.data_ptr()]))
     weight.grad = torch.ones(4, 8, 1, 1).transpose(0, 1)
     assert space._scanner.gradients() is None, "that one has to be copied"
 
@@ -219,3 +219,51 @@ def test_a_group_that_gains_momentum_later_meets_its_buffer_first(backend):
         assert [optimizer.state[p].keys() for p in weights] == [plain.state[p].keys() for p in expected]
         plain.param_groups[1]["momentum"] = optimizer.param_groups[1]["momentum"] = 0.9
     torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.clone, torch.Tensor.double, torch.Tensor.bfloat16, lambda w: w.t().contiguous().t()],
+    ids=["address", "float64", "bfloat16", "strides"],
+)
+def test_weights_come_back_wherever_the_model_was_moved_between_the_passes(backend, change):
+    model = _model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, backend=backend)
+    before = [change(p.detach()) for p in model.parameters() if p.dim() == 2]
+    _loss(model)
+    with optimizer.perturbed():
+        for p in model.parameters():
+            p.data = change(p.data) if p.dim() == 2 else p.data.clone()
+    assert all(map(torch.equal, (p for p in model.parameters() if p.dim() == 2), before))
+
+
+def test_a_step_on_a_model_that_was_cast_between_the_passes_is_refused_and_the_weights_are_back(backend):
+    model = _model()
+    before = [p.detach().double() for p in model.parameters()]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, backend=backend)
+    _loss(model)
+    optimizer.first_step(zero_grad=True)
+    model.double()
+    _loss(model)
+    with pytest.raises(RuntimeError, match="change the model between steps"):
+        optimizer.second_step(zero_grad=True)
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.zero_grad()
+    optimizer.step(lambda: _loss(model))
+    assert not any(map(torch.equal, model.parameters(), before))
+
+
+def test_all_but_a_weight_of_another_shape_come_back_and_that_one_when_its_shape_does(backend):
+    model = _model()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, backend=backend)
+    _loss(model)
+    optimizer.first_step(zero_grad=True)
+    whole = model[0].weight.data
+    model[0].weight.data = whole[:2]
+    with pytest.raises(RuntimeError, match=r"shape \(2, 4\) was given that shape between"):
+        optimizer.restore()
+    assert all(map(torch.equal, list(model.parameters())[1:], before[1:]))
+    model[0].weight.data = whole
+    optimizer.restore()
+    assert torch.equal(model[0].weight, before[0])

@@ -241,6 +241,7 @@ class Program:
             torch.testing.assert_close(kept, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:no parameter has a gradient")
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=st.integers(0, 10**6), operations=st.lists(st.sampled_from(OPERATIONS), min_size=10, max_size=40))

@@ -136,12 +136,13 @@ def test_missing_gradients(method, base, which, backend):
     assert_same_rounding(records, scripted_steps(optimizer, params, passes), torch.float64, slack=16)
 
 
-def test_a_step_without_any_gradient_changes_nothing(backend):
+def test_a_step_without_any_gradient_changes_nothing_and_says_so(backend):
     params = parameters(TENSORS["odd sizes"], torch.float32)
     optimizer = build_optimizer("F-SAM sigma=1.0 lmbda=0.9", "SGD momentum", params, backend)
     start, nothing = bits(params), [None] * len(params)
-    for record in scripted_steps(optimizer, params, [nothing, nothing]):
-        assert bits(record) == start
+    with pytest.warns(RuntimeWarning, match="no parameter has a gradient") as warned:
+        records = scripted_steps(optimizer, params, [nothing, nothing])
+    assert len(warned) == 2 and [bits(record) for record in records] == [start, start]
 
 
 def several_groups(params):

@@ -47,23 +47,24 @@ class Scanner {
     }
   }
 
-  // The parameters' addresses, or None if one is not laid out as it was.
+  // The parameters' addresses, packed int64 in bytes, or None if one is not laid out as it was.
   py::object weights() const {
     const size_t n = parameters_.size();
-    py::list addresses(n);
+    py::bytes addresses = room(n);
     for (size_t i = 0; i < n; ++i) {
       DlTensor t;
       if (api_->tensor_from_object(parameters_[i].ptr(), &t)) throw py::error_already_set();
       if (!layouts_[i].equals(t)) return py::none();
-      addresses[i] = address(t);
+      entries(addresses)[i] = address(t);
     }
     return addresses;
   }
 
-  // (gradients, their addresses), or None if one is missing or is not laid out as its parameter was.
+  // (list of gradients, their addresses as above), or None if one is missing or is not laid out as its parameter was.
   py::object gradients() const {
     const size_t n = parameters_.size();
-    py::list found(n), addresses(n);
+    py::list found(n);
+    py::bytes addresses = room(n);
     for (size_t i = 0; i < n; ++i) {
       py::object g = parameters_[i].attr(name_);
       DlTensor t;
@@ -73,7 +74,7 @@ class Scanner {
         return py::none();
       }
       if (!layouts_[i].equals(t)) return py::none();
-      addresses[i] = address(t);
+      entries(addresses)[i] = address(t);
       found[i] = std::move(g);
     }
     return py::make_tuple(found, addresses);
@@ -98,6 +99,11 @@ class Scanner {
       return true;
     }
   };
+
+  static py::bytes room(size_t n) { return py::bytes(static_cast<const char*>(nullptr), n * sizeof(uintptr_t)); }
+
+  // Before anybody else has seen them.
+  static uintptr_t* entries(const py::bytes& b) { return reinterpret_cast<uintptr_t*>(PyBytes_AS_STRING(b.ptr())); }
 
   static uintptr_t address(const DlTensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 

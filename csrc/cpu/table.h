@@ -3,6 +3,10 @@
 
 #include <cstdint>
 #include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace fastsam {
@@ -52,17 +56,21 @@ class Table {
     flags_.clear();
   }
 
-  void set_addresses(std::vector<uintptr_t> weights, std::vector<uintptr_t> gradients) {
-    weights_ = std::move(weights);
-    gradients_ = std::move(gradients);
+  // Packed: an address for every parameter, 0 for a gradient that is missing.
+  void set_addresses(std::string_view weights, std::string_view gradients) {
+    for (auto [packed, addresses] : {std::pair{weights, &weights_}, {gradients, &gradients_}}) {
+      if (packed.size() != sizes_.size() * sizeof(uintptr_t)) throw std::invalid_argument("not an address a parameter");
+      addresses->resize(sizes_.size());
+      std::memcpy(addresses->data(), packed.data(), packed.size());
+    }
     flags_.clear();
   }
 
   // Rebuilds rows and chunks if the flags, or the addresses before them, have changed. Without `merge` every
   // parameter has a row of its own: Adam's step counts may differ between neighbours.
-  void set_flags(std::vector<uint8_t> flags, bool merge) {
+  void set_flags(std::string_view flags, bool merge) {
     if (flags == flags_ && merge == merge_) return;
-    flags_ = std::move(flags);
+    flags_ = flags;
     merge_ = merge;
     rows.clear();
     chunks.clear();
@@ -101,7 +109,8 @@ class Table {
   std::vector<int32_t> groups_;
   std::vector<bool> joined_;
   std::vector<uintptr_t> weights_, gradients_;
-  std::vector<uint8_t> gradient_types_, flags_;
+  std::vector<uint8_t> gradient_types_;
+  std::string flags_;  // a byte a parameter
   bool merge_ = true;
 };
 

@@ -110,7 +110,7 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
         return restore(space)
     steps = descent.state["step"]
     with_gradient = [g is not None for g in space.gradients]
-    steps += torch.tensor(with_gradient, device="cpu") if 0 in space.gradient_addresses else 1
+    steps += 1 if all(with_gradient) else torch.tensor(with_gradient, device="cpu")
     _cpu.descend_adam(
         _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),
@@ -167,26 +167,27 @@ def _table(space: FlatSpace, started=(), bit: int = 0, merge: bool = True):
     """The space's chunk table, brought up to date with the addresses and flags of this pass."""
     if space.table is None:
         space.table = _Table(space)
-    flags = [_CLIMBED if climbed else 0 for climbed in space.climbed]
+    flags = space.climbed
     if bit and started:
-        flags = [f | bit if s else f for f, s in zip(flags, started, strict=True)]
-    return space.table.refresh(space, flags, merge)
+        flags = [_CLIMBED * c | bit * s for c, s in zip(space.climbed, started, strict=True)]
+    return space.table.refresh(space, bytes(flags), merge)
 
 
 class _Table:
-    """The compiled table, and which of the space's lists it was last given: the same list is not sent twice."""
+    """The compiled table, and what it was last given: the same is not sent twice."""
 
     def __init__(self, space: FlatSpace) -> None:
         self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, space.sizes, space.groups, space.joined)
-        self._weights = self._gradients = self._dtypes = None
+        self._addresses = self._dtypes = None
 
-    def refresh(self, space: FlatSpace, flags: list[int], merge: bool):
+    def refresh(self, space: FlatSpace, flags: bytes, merge: bool):
         if self._dtypes is not space.gradient_dtypes:
             self._dtypes = space.gradient_dtypes
             self.rows.set_gradient_types([_DTYPES[d] for d in self._dtypes])
-        if self._weights is not space.weights or self._gradients is not space.gradient_addresses:
-            self._weights, self._gradients = space.weights, space.gradient_addresses
-            self.rows.set_addresses(self._weights, self._gradients)
+        addresses = space.weights, space.gradient_addresses
+        if self._addresses != addresses:
+            self._addresses = addresses
+            self.rows.set_addresses(*addresses)
         self.rows.set_flags(flags, merge)
         return self.rows
 

@@ -52,7 +52,7 @@ def refuses(device_: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     with device.current(space.device):
         getattr(_cuda, name)(_where(space, layout), *addresses, *flags.values())
 
@@ -61,12 +61,9 @@ def _where(space: FlatSpace, layout: device.Layout) -> tuple:
     """The tables of a launch, its types, and where it runs; a stream of None is the host."""
     where = space.device
     return (
-        layout.rows.data_ptr(),
-        layout.chunks.data_ptr(),
-        len(layout.rows),
-        layout.programs,
+        *layout.tables,
         device.DTYPES[space.dtype],
-        set(space.gradient_dtypes) != {space.dtype},
+        space.mixed,
         where.index or 0,
         torch.cuda.current_stream(where).cuda_stream if where.type == "cuda" else None,
     )

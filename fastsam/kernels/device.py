@@ -9,6 +9,7 @@ allocated or uploaded once addresses and hyper-parameters have settled.
 from __future__ import annotations
 
 import contextlib
+import functools
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace
+from fastsam.flat import FlatSpace, packed
 
 #: How a kernel tells dtypes apart at run time.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -49,9 +50,14 @@ class Layout:
     rows: Tensor
     chunks: Tensor
 
-    @property
+    @functools.cached_property
     def programs(self) -> int:
         return len(self.chunks)
+
+    @functools.cached_property
+    def tables(self) -> tuple[int, int, int, int]:
+        """Addresses and lengths of both."""
+        return self.rows.data_ptr(), self.chunks.data_ptr(), len(self.rows), self.programs
 
 
 class DeviceTable:
@@ -89,10 +95,13 @@ class DeviceTable:
                 "the passes cannot be captured into a CUDA graph from outside, where their tables and hyper-parameters "
                 "would stay what they are now: use fastsam.graphs.capture(optimizer, closure, *batch)"
             )
-        addresses = space.gradient_addresses if gradients else [0] * len(space.params)
-        if gradients and not merged:  # a parameter without elements has no address, but its steps are counted
-            addresses = [a or int(g is not None) for a, g in zip(addresses, space.gradients, strict=True)]
-        key = (merged, *map(tuple, (space.weights, addresses, space.gradient_dtypes, space.climbed)))
+        addresses = space.gradient_addresses if gradients else bytes(len(space.weights))
+        if gradients and not merged and space.some_empty:  # these have no address, but their steps are counted
+            addresses = packed(
+                a or int(g is not None) for a, g in zip(array("q", addresses), space.gradients, strict=True)
+            )
+        dtypes = space.gradient_dtypes if space.mixed else None
+        key = (merged, space.weights, addresses, bytes(space.climbed), dtypes)
         found = self._layouts.get(key)
         if found is None:
             rows = build_rows(space, addresses, merged)
@@ -111,13 +120,18 @@ class DeviceTable:
         Entries are numbers, or 0-dimensional tensors, which are copied on the device and never read by the host. In a
         CUDA graph nothing is written but what is ``repeated`` with it: the rest is brought up to date before a replay.
         """
-        copied = {
-            (i, j): x
-            for i, line in enumerate(lines)
-            for j, x in enumerate(line)
-            if on_device(x) or (repeated and isinstance(x, Tensor))
-        }
-        numbers = [[None if (i, j) in copied else float(x) for j, x in enumerate(line)] for i, line in enumerate(lines)]
+        numbers, copied = lines, {}
+        if any(isinstance(x, Tensor) for line in lines for x in line):
+            copied = {
+                (i, j): x
+                for i, line in enumerate(lines)
+                for j, x in enumerate(line)
+                if on_device(x) or (repeated and isinstance(x, Tensor))
+            }
+            numbers = [
+                tuple(None if (i, j) in copied else float(x) for j, x in enumerate(line))
+                for i, line in enumerate(lines)
+            ]
         key = (name, len(lines))
         last, table = self._hyper.get(key, (None, None))
         if table is None:
@@ -125,7 +139,7 @@ class DeviceTable:
         if numbers != last:
             if self.recording is not None:
                 raise RuntimeError("a hyper-parameter changed within the captured step: change it between steps")
-            values = [[x or 0.0 for x in line] for line in numbers]
+            values = [[0.0 if x is None else x for x in line] for line in numbers]
             self.upload(torch.tensor(values, dtype=torch.float64, device="cpu"), table)
             self._hyper[key] = (numbers, table)
         if self.recording is not None:
@@ -243,7 +257,7 @@ def chunk_size(numel: int) -> int:
     return size
 
 
-def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> Tensor:
+def build_rows(space: FlatSpace, addresses: bytes, merged: bool) -> Tensor:
     """The rows, int64 [rows, 8] with the columns of :data:`ROW`: parameters with a gradient or a backup.
 
     ``merged`` makes one row of adjacent ones and leaves out those without elements.
@@ -255,7 +269,7 @@ def build_rows(space: FlatSpace, addresses: Sequence[int], merged: bool) -> Tens
     for i, column in enumerate(columns):
         entries[i :: len(ROW)] = array("q", column)
     rows = torch.frombuffer(entries, dtype=torch.int64).view(n, len(ROW))
-    if not (all(addresses) and all(space.sizes)):
+    if space.some_empty or not all(array("q", addresses)):
         _, gradient, _, size, _, _, climbed, _ = rows.unbind(1)
         rows = rows[(size > 0) & (gradient + climbed > 0) if merged else (gradient > 0) | (size * climbed > 0)]
     return _merged(rows, space) if merged and any(space.joined) and len(rows) else rows

@@ -64,8 +64,8 @@ def launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence
 
 
 def _types(space: FlatSpace) -> dict:
-    kinds = set(space.gradient_dtypes)
-    if len(kinds) > 1:  # a missing gradient has none
+    kinds = {space.dtype}
+    if space.mixed:  # a missing gradient has none
         kinds = {t for t, g in zip(space.gradient_dtypes, space.gradients, strict=True) if g is not None}
     return {**_geometry(space), "G": _DTYPES[kinds.pop()] if len(kinds) == 1 else None}
 
