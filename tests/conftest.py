@@ -1,3 +1,4 @@
+import gc
 import sys
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def ranks():
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_was_there_before_is_not_collected():
+    """Some tests ask for dozens of full collections: they need not go through all modules and all other tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # at Python's end some libraries complain of what was not collected
 
 
 @pytest.fixture(autouse=True)

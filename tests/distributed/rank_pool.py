@@ -13,6 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
+#: Processes begin as copies of one that has imported torch: a rank that was killed is replaced at once.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+)
 
 
 class RankPool:
@@ -24,7 +29,6 @@ class RankPool:
     """
 
     def __init__(self):
-        self._context = mp.get_context("spawn")
         self._workers = []
 
     def __call__(self, ranks, function, *args):
@@ -36,7 +40,7 @@ class RankPool:
 
     def outcomes(self, ranks, function, *args):
         while len(self._workers) < ranks:
-            self._workers.append(Worker(self._context))
+            self._workers.append(Worker())
         address = f"tcp://127.0.0.1:{_free_port()}"
         for rank, worker in enumerate(self._workers[:ranks]):
             worker.connection.send((address, rank, ranks, function, args))
@@ -47,15 +51,14 @@ class RankPool:
         with contextlib.suppress(EOFError, ConnectionResetError):
             result = self._workers[i].connection.recv()
         if result is None or isinstance(result, Last):
-            self._workers[i] = Worker(self._context)
+            self._workers[i] = Worker()
             return getattr(result, "result", None)
         return result[0]
 
     def close(self):
         for worker in self._workers:
-            worker.connection.close()
-            worker.process.join(5)
             worker.process.kill()
+            worker.process.join()
 
 
 class Failure:
@@ -75,9 +78,9 @@ class Last:
 
 
 class Worker:
-    def __init__(self, context):
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, sys.path[:]), daemon=True)
+    def __init__(self):
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, sys.path[:]), daemon=True)
         self.process.start()
         theirs.close()
 
