@@ -1,4 +1,5 @@
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import fastsam
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import reference` in any import mode
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network for anything
 
 hypothesis.settings.register_profile(
     "fastsam", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -6,9 +6,11 @@ import csv
 import errno
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from fastsam.finetune import batches, groups, job, model, steps
 from fastsam.finetune.batches import shuffled
 from fastsam.finetune.interruption import OutOfMemory, memory_watched
 from fastsam.finetune.settings import Settings
+from fastsam.training.data import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -201,6 +204,137 @@ def test_out_of_memory_loses_nothing_and_says_what_to_lower(birds, checkpoint, t
 def test_the_message_of_torch_for_the_memory_of_a_cpu_is_understood():
     with pytest.raises(OutOfMemory, match=r"^you tried to allocate 4000000000000000 bytes"), memory_watched():
         torch.empty(10**15)
+
+
+@pytest.mark.parametrize("save_every", [2, None], ids=["within an epoch", "after an epoch"])
+def test_a_run_of_a_version_without_image_sizes_and_best_weights_goes_on(birds, checkpoint, tmp_path, save_every):
+    """What it left has been seen: these settings are not in its config.json, nor their results in its files."""
+    undisturbed = settings(birds, checkpoint, tmp_path / "undisturbed")
+    job.run(undisturbed)
+    asked = settings(birds, checkpoint, tmp_path / "old", save_every=save_every)
+    stop_after(4 if save_every else 3, asked)
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("image_size", "test_images")}))
+    saved = torch.load(tmp_path / "old" / "checkpoint.pt", weights_only=True)
+    del saved["payload"]["progress"]["best_step"]
+    torch.save(saved, tmp_path / "old" / "checkpoint.pt")
+    shutil.rmtree(tmp_path / "old" / "best")
+    with pytest.raises(ValueError, match="a run with image_size=None, and this one has image_size=12"):
+        job.run(settings(birds, checkpoint, tmp_path / "old", image_size=12))
+    result = job.run(asked)
+    assert same(weights(tmp_path / "old"), weights(tmp_path / "undisturbed"))
+    assert curve(tmp_path / "old") == curve(tmp_path / "undisturbed")
+    accuracies = [float(row[5]) for row in curve(tmp_path / "old") if row[5]]
+    known = accuracies[1:] if save_every else accuracies
+    assert result["best_accuracy"] == max(known)
+    assert result["best_epoch"] == len(accuracies) - len(known) + known.index(max(known)) + 1
+    assert (tmp_path / "old" / "best" / "model.safetensors").exists()
+    path = tmp_path / "old" / "result.json"
+    path.write_text(json.dumps({k: v for k, v in result.items() if k != "best_epoch"}))
+    assert "best_epoch" not in job.run(asked)
+
+
+def stop_after(step, asked):
+    """Runs it until this step has been saved."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = job.Job._save
+
+        def saved(self):
+            save(self)
+            if self.step == step and self.progress["evaluated"] >= step - step % self.steps_per_epoch:
+                raise KeyboardInterrupt
+
+        patch.setattr(job.Job, "_save", saved)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(asked)
+        assert torch.load(asked.output / "checkpoint.pt", weights_only=True)["step"] == step
+        (asked.output / "best").mkdir(exist_ok=True)
+
+
+def test_a_kill_between_the_row_of_an_epoch_and_its_checkpoint_leaves_one_row(birds, checkpoint, tmp_path, monkeypatch):
+    undisturbed = settings(birds, checkpoint, tmp_path / "undisturbed", save_every=1)
+    job.run(undisturbed)
+    asked = settings(birds, checkpoint, tmp_path / "killed", save_every=1)
+    measured = job.Show.measured
+
+    def killed(self, row):
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.Show, "measured", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(asked)
+    monkeypatch.setattr(job.Show, "measured", measured)
+    job.run(asked)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_lost_within_an_epoch_ends_the_run_and_loses_no_step(
+    birds, checkpoint, tmp_path, monkeypatch, workers
+):
+    monkeypatch.setattr(batches, "SHARE_OF_MEMORY", 0.0)
+    shutil.copytree(birds, tmp_path / "birds")
+    file, train_on = tmp_path / "birds" / "train" / "jay" / "3.png", job.Job._train_on
+    job.run(settings(birds, checkpoint, tmp_path / "undisturbed"))
+    asked = settings(tmp_path / "birds", checkpoint, tmp_path / "lost", save_every=None, workers=workers)
+
+    def lost(self, *batch):
+        if self.step == 4:
+            file.rename(tmp_path / "3.png")
+        train_on(self, *batch)
+
+    monkeypatch.setattr(job.Job, "_train_on", lost)
+    with pytest.raises(
+        DataError, match=r"jay.3\.png does not open as an image: .*No such file.* Step (\d) is saved"
+    ) as e:
+        job.run(asked)
+    assert torch.load(tmp_path / "lost" / "checkpoint.pt", weights_only=True)["step"] > 4, e
+    monkeypatch.setattr(job.Job, "_train_on", train_on)
+    with pytest.raises(ValueError, match="train_images=24, and this one has train_images=23"):
+        job.run(asked)
+    (tmp_path / "3.png").rename(file)
+    job.run(asked)
+    assert same(weights(tmp_path / "lost"), weights(tmp_path / "undisturbed"))
+
+
+def test_a_worker_that_is_killed_is_said_and_loses_no_step(birds, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "SHARE_OF_MEMORY", 0.0)
+    decode, here = batches.open_image, os.getpid()
+
+    def killed(dataset, index):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(dataset, index)
+
+    monkeypatch.setattr(batches, "open_image", killed)
+    with pytest.raises(
+        DataError, match=r"decodes images ended .*DataLoader worker.*: say --workers 0.* Step 0 is saved"
+    ):
+        job.run(settings(birds, checkpoint, tmp_path, workers=1))
+    assert job.run(settings(birds, checkpoint, tmp_path, workers=0))["steps"] == 9
+
+
+def test_another_test_set_is_another_run(birds, checkpoint, tmp_path):
+    shutil.copytree(birds, tmp_path / "birds")
+    asked = settings(tmp_path / "birds", checkpoint, tmp_path / "run", epochs=1)
+    job.run(asked)
+    (tmp_path / "birds" / "test" / "jay" / "0.png").unlink()
+    with pytest.raises(ValueError, match="test_images=9, and this one has test_images=8"):
+        job.run(asked)
+
+
+def test_a_second_run_in_the_same_folder_is_told_so(birds, checkpoint, tmp_path):
+    code = "import sys; from fastsam.training.run import RunFolder; run = RunFolder(sys.argv[1], {})"
+    command = [sys.executable, "-c", f"{code}; print(flush=True); input()", str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as first:
+        first.stdout.readline()
+        run = finetune("--model", checkpoint, "--data", birds, "--batch-size", 8, "--output", tmp_path)
+        first.communicate(b"\n")
+    assert run.exit_code == 1
+    assert run.stderr.startswith(f"fastsam finetune: another process is at work in {tmp_path}: wait for it")
 
 
 def test_a_run_that_is_finished_is_shown_not_repeated(birds, checkpoint, tmp_path, monkeypatch):
@@ -434,6 +568,7 @@ def test_a_write_of_the_best_weights_that_failed_is_made_up_for(
         if tmp_path / "best.partial" in arguments:
             writes.append(arguments)
             if len(writes) == 2:
+                (tmp_path / "best.partial").mkdir(exist_ok=True)
                 raise OSError(errno.ENOSPC, "No space left on device")
         return write(*arguments, **options)
 
@@ -441,6 +576,8 @@ def test_a_write_of_the_best_weights_that_failed_is_made_up_for(
     asked = settings(birds, checkpoint, tmp_path, save_every=None)
     with pytest.raises(OSError, match=r"best \(.*No space left.*the checkpoint of step 6 is intact: make room"):
         job.run(asked)
+    if failing == "save_pretrained":
+        assert not (tmp_path / "best.partial").exists(), "it would keep the disk full"
     assert job.run(asked)["best_epoch"] == 2
     assert torch.equal(weights(tmp_path, "best")["classifier.weight"], seen[1])
 
@@ -512,6 +649,7 @@ def test_memory_and_workers_give_the_same_weights(birds, checkpoint, tmp_path, m
     for workers in (0, 2):
         output = tmp_path / f"{workers} workers"
         streamed = job.run(settings(birds, checkpoint, output, epochs=2, workers=workers))
+        assert not multiprocessing.active_children(), "they would be ended at exit, with a traceback"
         assert kept["data_in_memory"] and not streamed["data_in_memory"]
         assert same(weights(output), weights(tmp_path / "kept"))
 
@@ -664,16 +802,20 @@ def test_a_config_file_gives_defaults_and_the_command_line_wins(birds, checkpoin
         (["--data", "{tmp}/labels.parquet"], "row 2 has the label -1, outside the range"),
         (["--model", "{tmp}/pickle"], "refused: it has pytorch_model.bin and no safetensors; a pickle can run code"),
         (["--model", "{tmp}/pickle/pytorch_model.bin"], "pytorch_model.bin is refused: a pickle can run code"),
+        (["--model", "{tmp}/cut"], "{tmp}/cut: its safetensors are damaged, or not all there"),
         (["--model", "{tmp}/none"], "{tmp}/none: there is no such folder"),
         (["--model", "nobody/nothing"], "nobody/nothing: not a folder here, and not found on the hub"),
         (["--config", "{tmp}/typo.json"], "the key 'learning_rat' is unknown"),
         (["--config", "{tmp}/typo.toml"], "the key 'wamup' is unknown, the nearest is warmup"),
+        (["--config", "{tmp}/list.toml"], 'list.toml: optimizer_arg must be a list, as in ["momentum=0.5"]'),
         (["--config", "{tmp}/broken.toml"], "broken.toml is no TOML"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_clear_message_and_makes_no_folder(birds, checkpoint, tmp_path, monkeypatch, arguments, says):
     wrong_input(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 3000)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else find_spec(n, *a))
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
@@ -706,6 +848,7 @@ def wrong_input(folder):
     (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     (folder / "typo.json").write_text('{"learning_rat": 1}')
     (folder / "typo.toml").write_text("wamup = 0.2\n")
+    (folder / "list.toml").write_text('optimizer-arg = "momentum=0.5"\n')
     (folder / "broken.toml").write_text("warmup = = 1\n")
 
 
@@ -724,6 +867,22 @@ def test_another_number_of_classes_replaces_the_head_and_says_so(birds, checkpoi
     assert "has 5 classes, the data 3: its head is replaced by a new one" in run.output
     assert weights(tmp_path)["classifier.weight"].shape == (3, 16)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["id2label"]["1"] == "gull"
+
+
+def test_a_config_that_names_no_classes_keeps_its_head(tmp_path):
+    """PVT's is one: where others have two classes, its ``id2label`` is None."""
+    from transformers import AutoConfig
+
+    four = {name: [size] * 4 for name, size in (("hidden_sizes", 8), ("depths", 1), ("num_attention_heads", 1))}
+    saved_classifier(tmp_path, "Pvt", image_size=32, **four)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = ("id2label", "label2id")
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+    assert AutoConfig.from_pretrained(tmp_path).id2label is None
+    said = []
+    kept = model.load(str(tmp_path), list("abc"), None, said.append)[0]
+    assert torch.equal(kept.classifier.weight, load_file(tmp_path / "model.safetensors")["classifier.weight"])
+    assert "is kept: it has 3 classes as well, under other names" in said[0]
 
 
 def test_other_settings_in_the_same_folder_are_refused_by_name(birds, checkpoint, tmp_path):
@@ -766,3 +925,22 @@ def test_a_run_whose_losses_are_not_finite_ends_with_its_first_epoch(birds, chec
     wild = settings(birds, checkpoint, tmp_path, optimizer="sgd", lr=1e9, epochs=30, save_every=None)
     with pytest.raises(ValueError, match=r"losses in training and testing are not finite at step 3: lower --lr"):
         job.run(wild)
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "300\n"}, 700),
+        ({"memory.max": "max\n", "memory.current": "300\n"}, float("inf")),
+        ({"memory/memory.limit_in_bytes": "500\n", "memory/memory.usage_in_bytes": "200\n"}, 300),
+        ({}, float("inf")),
+    ],
+    ids=["version 2", "no limit", "version 1", "no container"],
+)
+def test_images_are_kept_only_where_the_containers_memory_has_room(tmp_path, monkeypatch, files, left):
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert batches.left_to_container(tmp_path) == left
+    monkeypatch.setattr(batches, "left_to_container", lambda: 4e3)
+    assert batches._free_memory(torch.device("cpu")) == 4e3

@@ -132,6 +132,25 @@ def test_an_image_that_does_not_open_is_named(tmp_path, kind):
         open_image(train, 8)
 
 
+def test_grey_of_16_bits_is_scaled_not_cut_off(tmp_path):
+    image_folder(tmp_path)
+    deep = numpy.array([[0, 255, 256], [0x1234, 0x8000, 0xFFFF]], dtype="uint16")
+    Image.fromarray(deep).save(tmp_path / "cat" / "0.png")
+    found = open_dataset(str(tmp_path))
+    opened = [open_image(part, i) for part in (found.train, found.test) for i in range(len(part))]
+    grey = next(image for image in opened if image.size == (3, 2))
+    assert grey.mode == "L" and numpy.asarray(grey).tolist() == [[0, 0, 1], [0x12, 0x80, 0xFF]]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_pixels_of_32_bits_are_refused_by_the_name_of_their_file(tmp_path, dtype):
+    image_folder(tmp_path / "train")
+    image_folder(tmp_path / "test")
+    Image.fromarray(numpy.full((6, 6), 1000, dtype=dtype)).save(tmp_path / "train" / "cat" / "0.tiff")
+    with pytest.raises(DataError, match=r"cat.0\.tiff has pixels of 32 bits.* scale it to 8 bits"):
+        in_memory(open_dataset(str(tmp_path)).train)
+
+
 def test_an_empty_class_folder_is_named(tmp_path):
     image_folder(tmp_path)
     (tmp_path / "eel").mkdir()
@@ -180,6 +199,7 @@ def test_missing_columns_are_listed(tmp_path):
     [
         ("digit", "did you mean digits"),
         ("cifar", "did you mean cifar10"),
+        ("no/such", "no/such is no folder here, and as a data set on the hub it is not in the cache"),
         ("/no/such/folder", "neither a folder or file here nor a known data set"),
         ("cifar10", r"copy the parquet files of huggingface.co/datasets/uoft-cs/cifar10"),
     ],

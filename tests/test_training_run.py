@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import random
 import resource
@@ -68,6 +69,16 @@ def test_another_setting_is_refused_by_its_name_and_changes_nothing(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["workers"] == 8
 
 
+def test_a_setting_that_an_older_run_does_not_name_has_the_value_that_it_was_added_with(tmp_path):
+    RunFolder(tmp_path, {"lr": 0.1}).save(1, {})
+    with pytest.raises(ValueError, match="a run with size=None, and this one has size=32"):
+        RunFolder(tmp_path, {"lr": 0.1, "size": 32}, added={"size": None})
+    RunFolder(tmp_path, {"lr": 0.1, "size": None}, added={"size": None})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1, "size": None}
+    with pytest.raises(ValueError, match="a run with size=None, and this one has size=64"):  # now that it names it
+        RunFolder(tmp_path, {"lr": 0.1, "size": 64}, added={"size": 64})
+
+
 def test_a_setting_that_json_writes_differently_is_still_the_same(tmp_path):
     RunFolder(tmp_path, {"betas": (0.9, 0.95)}).save(1, {})
     RunFolder(tmp_path, {"betas": (0.9, 0.95)})
@@ -87,6 +98,20 @@ def test_metrics_after_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path
     folder.log({"step": 4, "loss": 0.25, "accuracy": 0.9})
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
     assert rows(tmp_path)[0]["accuracy"] == "" and rows(tmp_path)[3]["accuracy"] == "0.9"
+
+
+def test_a_row_of_the_step_of_the_last_one_takes_its_place(tmp_path):
+    """As it comes where a process was killed after it measured what follows a checkpoint."""
+    folder = RunFolder(tmp_path, {})
+    folder.log({"step": 1, "loss": 3.0})
+    folder.save(2, {})
+    folder.log({"step": 2, "loss": 2.0})
+    folder.close()
+    folder = RunFolder(tmp_path, {})
+    folder.log({"step": 2, "loss": 2.0})
+    folder.log({"step": 3, "loss": 1.0})
+    folder.log({"step": 3, "loss": 1.5})
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("1", "3.0"), ("2", "2.0"), ("3", "1.5")]
 
 
 def test_without_a_checkpoint_the_curve_starts_over(tmp_path):
@@ -137,6 +162,24 @@ def test_a_second_process_is_kept_out_until_the_first_lets_go(tmp_path):
     assert refused.returncode == 1 and "another process is at work in" in refused.stderr
     folder.close()
     assert in_another_process(code, tmp_path).returncode == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file.run cannot be written \(Not a directory\): .* name another folder"):
+        RunFolder(tmp_path / "file" / "run", {})
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=r"new cannot be written \(No space left on device\): .* name another folder"):
+        RunFolder(tmp_path / "new", {})
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    with pytest.raises(OSError, match=r"cannot be written \(No locks available\)"):
+        RunFolder(tmp_path, {})
 
 
 def test_a_damaged_checkpoint_is_no_new_run(tmp_path):

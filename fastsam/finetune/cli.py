@@ -40,6 +40,7 @@ def _say_warning(message: Warning | str, *where: Any, **_: Any) -> None:
 def _or_say(act) -> Any:
     """What cannot be used becomes one message and an exit status; an interrupted run exits as the signal has it."""
     from fastsam.finetune.interruption import Interrupted, OutOfMemory
+    from fastsam.training.run import FolderInUse
 
     try:
         return act()
@@ -51,7 +52,7 @@ def _or_say(act) -> Any:
         raise typer.Exit(130) from None
     except Exception as error:  # the libraries raise all kinds for data and checkpoints that cannot be used
         text = str(error).strip() or type(error).__name__
-        expected = isinstance(error, (ValueError, OSError, ImportError, OutOfMemory))
+        expected = isinstance(error, (ValueError, OSError, ImportError, OutOfMemory, FolderInUse))
         typer.echo(f"fastsam finetune: {text if expected else f'{type(error).__name__}: {text}'}", err=True)
         raise typer.Exit(1) from None
 

@@ -22,7 +22,7 @@ from fastsam.finetune import model as models
 from fastsam.finetune.batches import Batch, InMemory, Streamed, open_images, remaining, seed_of
 from fastsam.finetune.groups import parameter_groups
 from fastsam.finetune.interruption import Interrupted, OutOfMemory, Stop, memory_watched, what_to_lower
-from fastsam.finetune.settings import PRECISIONS, Settings, optimizers
+from fastsam.finetune.settings import ADDED, PRECISIONS, Settings, optimizers
 from fastsam.finetune.show import Logs, Show, memory_mib
 from fastsam.finetune.steps import evaluate, make_closure, make_optimizer, make_step, warmup_then_cosine
 from fastsam.finetune.surroundings import (
@@ -34,7 +34,7 @@ from fastsam.finetune.surroundings import (
     seed_everything,
 )
 from fastsam.training import augment
-from fastsam.training.data import Splits, open_dataset, open_image
+from fastsam.training.data import DataError, Splits, open_dataset, open_image
 from fastsam.training.run import RunFolder
 
 SAVE_SECONDS = 600
@@ -58,8 +58,9 @@ def run(settings: Settings, show: Show | None = None) -> dict[str, Any]:
         seed_everything(settings.seed, "weights")
         example = open_image(splits.train, 0)
         model, preparation = models.load(settings.model, splits.classes, example, shown.say, settings.image_size)
-        config = {**settings.as_json(), "train_images": len(splits.train), "classes": splits.classes}
-        with RunFolder(settings.output, config, settings.may_change()) as folder:
+        found = {"train_images": len(splits.train), "test_images": len(splits.test), "classes": splits.classes}
+        added = {**ADDED, "test_images": len(splits.test)}
+        with RunFolder(settings.output, {**settings.as_json(), **found}, settings.may_change(), added) as folder:
             if folder.result is None:
                 with memory_watched(NO_MEMORY):
                     Job(settings, device, splits, model, preparation, folder, shown).finish()
@@ -120,7 +121,7 @@ class Job:
         """Trains from wherever the run stands to its end, then saves the model and the result."""
         size, seed = self.settings.batch_size, self.settings.seed
         # One iterator for the whole run, so that workers are ahead across epochs as well.
-        self._batches = iter(self.train.batches(remaining(len(self.train), size, seed, self.step, self.steps)))
+        self._batches = self.train.batches(remaining(len(self.train), size, seed, self.step, self.steps))
         logs = Logs(self.settings.log, self.folder.path, self.settings.as_json(), self.step)
         self.show.training(self.step, self.steps)
         try:
@@ -139,7 +140,13 @@ class Job:
         except OutOfMemory as error:
             self._save()  # nothing of the step that failed has happened
             raise OutOfMemory(what_to_lower(self.settings, self.step, error)) from error
+        except DataError as error:
+            self._save()
+            raise DataError(
+                f"{error}. Step {self.step} is saved: with as many images as before the same command goes on from there"
+            ) from error
         finally:
+            self._batches.close()  # ends the workers, which nothing else does while the interpreter exits
             logs.close()
         self.folder.finish(self._result(str(self._save_model("model"))))
 
@@ -299,7 +306,12 @@ class Job:
         for name, part in self._parts().items():
             part.load_state_dict(payload[name])
         self.loss_sum.copy_(payload["loss_sum"])
-        self.progress, self.last_row = payload["progress"], payload["last_row"]
+        self.progress |= payload["progress"]
+        self.last_row = payload["last_row"]
+        if "best_step" not in payload["progress"]:  # of a version without best/: the best is that from here on
+            known = self.step == self.progress["evaluated"] > 0
+            self.progress["best_step"] = self.step if known else 0
+            self.progress["best_accuracy"] = self.progress["test_accuracy"] if known else -1.0
         self.show.say(f"going on from step {self.step} of {self.steps} in {self.folder.path}")
 
     def _parts(self) -> dict[str, Any]:

@@ -112,11 +112,15 @@ def save(model: nn.Module, processor, path: Path, step: int) -> Path:
     partial = path.with_name(f"{path.name}.partial")
     try:
         _remove(partial)
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        for file in partial.iterdir():  # the bytes reach the disk before they take the place of others
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
+        try:
+            model.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            for file in partial.iterdir():  # the bytes reach the disk before they take the place of others
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk it would leave no room for anything else
+            raise
         _remove(path)
         os.replace(partial, path)
     except Exception as error:  # safetensors has a kind of its own for a full disk
@@ -174,6 +178,7 @@ def _refuse_pickles(name: str) -> None:
 
 
 def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[[str], None]) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
@@ -187,7 +192,9 @@ def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[
             trust_remote_code=False,
             **labels,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except SafetensorError as error:
+        raise ValueError(f"--model {name}: its safetensors are damaged, or not all there ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name}: {_reason(name, error)}") from error
     replaced = _replaced(found)
     foreign = [key for key, old, new in replaced if not (len(classes) in new and before.num_labels in old)]
@@ -198,7 +205,7 @@ def _from_checkpoint(name: str, classes: list[str], labels: dict, say: Callable[
     missing = sorted(found["missing_keys"])
     if missing:
         say(f"{name} has no {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}: started anew")
-    if not replaced and not missing and list(before.id2label.values()) != classes:
+    if not replaced and not missing and list((before.id2label or {}).values()) != classes:
         say(f"the head of {name} is kept: it has {len(classes)} classes as well, under other names")
     return model
 

@@ -26,6 +26,9 @@ MAY_CHANGE = (
     "gradient_checkpointing", "accumulate",
 )  # fmt: skip
 
+#: Settings that runs of earlier versions do not name, and the values that mean what those runs did.
+ADDED = {"image_size": None}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -202,12 +205,14 @@ def read_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is no {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path} must hold keys and values, not a {type(content).__name__}")
-    known = [f.name for f in dataclasses.fields(Settings)]
+    known = {f.name: f for f in dataclasses.fields(Settings)}
     settings = {key.replace("-", "_"): value for key, value in content.items() if value is not None}
     for key, value in settings.items():
         one_of(f"--config {path}: the key", key, known)
         if isinstance(value, dict):
             raise ValueError(f"--config {path}: {key} must be a value, not a table")
+        if known[key].default_factory is list and not isinstance(value, list):
+            raise ValueError(f"--config {path}: {key} must be a list, as in [{json.dumps(value)}]")
     return settings
 
 

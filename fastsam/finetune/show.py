@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Show:
             ("data", f"{result['data']}, {result['train_images']:,} images, {result['test_images']:,} for testing"),
             ("method", f"{result['method']} over {result['optimizer']}"),
             ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
-            ("best, in best/", f"{100 * result['best_accuracy']:.2f} %, after epoch {result['best_epoch']}"),
+            *_best(result),
             ("test loss", f"{result['test_loss']:.4f} nats"),
             ("steps", f"{result['steps']:,} in {result['seconds']:.1f} s"),
             ("images a second", f"{result['images_per_second']:,.0f}"),
@@ -128,6 +128,12 @@ def memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _best(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Nothing for a run that was finished by a version without ``best/``."""
+    if "best_epoch" in result:
+        yield "best, in best/", f"{100 * result['best_accuracy']:.2f} %, after epoch {result['best_epoch']}"
 
 
 def _shares(row: dict[str, Any]) -> str:

@@ -100,13 +100,33 @@ def in_memory(dataset: datasets.Dataset, size: int | None = None) -> ImageSet:
 
 
 def open_image(dataset: datasets.Dataset, index: int):
-    """The PIL image of one row, decoded. Raises :class:`DataError` that names the file where it does not open."""
+    """The PIL image of one row, decoded; grey of 16 bits becomes grey of 8.
+
+    Raises :class:`DataError`, with the name of the file, for one that does not open and for pixels without a range.
+    """
     try:
         image = dataset[index]["image"]
         image.load()
     except (OSError, SyntaxError, ValueError, AttributeError) as error:  # what PIL raises for broken files
-        raise DataError(f"{_name_of(dataset, index)} does not open as an image: {error}") from None
+        raise DataError(
+            f"{_name_of(dataset, index)} does not open as an image: {error}. Put another in its place, or take it away"
+        ) from None
+    if image.mode.startswith("I;16"):
+        return _of_8_bits(image)
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{_name_of(dataset, index)} has pixels of 32 bits, which do not say what is black and what is white: "
+            "scale it to 8 bits"
+        )
     return image
+
+
+def _of_8_bits(image):
+    """The upper byte of each pixel, as PIL reads colour of 16 bits; its own conversion would cut off at 255."""
+    import numpy
+    from PIL import Image
+
+    return Image.fromarray((numpy.asarray(image) >> 8).astype("uint8"))
 
 
 def _found(source: str, data_dir: str | os.PathLike | None) -> dict[str, datasets.Dataset]:

@@ -22,13 +22,17 @@ import json
 import os
 import random
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from fastsam import checkpoint
+
+
+class FolderInUse(RuntimeError):
+    """Another process has the folder of the run open."""
 
 
 class RunFolder:
@@ -39,28 +43,43 @@ class RunFolder:
         config: what defines the run; anything that JSON can hold. Compared with that of the checkpoint or result at
             hand, if there is one.
         may_change: keys that may differ from ``config.json``; it then holds the latest.
+        added: keys that the ``config.json`` of an older run may lack, with the values that mean what that run did.
 
     Attributes:
         step: of the checkpoint at hand, or None without one.
         result: what :meth:`finish` wrote, or None for a run that is not finished.
 
     Raises ``ValueError`` for a folder of a run with other settings, naming the first of them, for files that are
-    damaged, and ``RuntimeError`` if another process has the folder open.
+    damaged, ``OSError`` for a folder that cannot be written, and :class:`FolderInUse` if another process has it open.
     """
 
-    def __init__(self, path: str | os.PathLike, config: dict[str, Any], may_change: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        config: dict[str, Any],
+        may_change: Collection[str] = (),
+        added: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file: name a folder for the run")
+        try:
+            self._open(json.loads(json.dumps(config)), may_change, added or {})
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"{self.path} cannot be written ({reason}): make it so, or name another folder") from error
+
+    def _open(self, config: dict[str, Any], may_change: Collection[str], added: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
         for left_over in self.path.glob(".*.part"):  # of a process that was killed while it wrote
             left_over.unlink()
         self.step = self._read(mmap=True)["step"] if self._checkpoint.exists() else None
         self.result = _read_json(self.path / "result.json")
-        self._compare_config(json.loads(json.dumps(config)), may_change)
+        self._compare_config(config, may_change, added)
         self._columns, rows = _read_rows(self.path / "metrics.csv")
         kept = [row for row in rows if self.step is not None and int(row["step"]) <= self.step]
+        self._last = int(kept[-1]["step"]) if kept else None  # step of the last row
         if self._columns:
             self._write_rows(kept)
 
@@ -81,14 +100,18 @@ class RunFolder:
         return self._read()["payload"] if self._checkpoint.exists() else None
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends a row to ``metrics.csv``; it has a ``"step"``. Columns that are new are added to the file."""
+        """Appends a row to ``metrics.csv``; it has a ``"step"``. Columns that are new are added to the file.
+
+        A row of the step of the last one takes its place: a process may be killed after it has measured what follows a
+        checkpoint and before it saves that.
+        """
         if "step" not in row:
             raise ValueError(f"a row of metrics.csv needs its step; this one has {', '.join(row)}")
         path = self.path / "metrics.csv"
         new = [name for name in row if name not in self._columns]
         try:
-            if new:
-                rows = _read_rows(path)[1]
+            if new or row["step"] == self._last:
+                rows = [past for past in _read_rows(path)[1] if int(past["step"]) != row["step"]]
                 self._columns += new
                 self._write_rows([*rows, row])
             else:
@@ -96,6 +119,7 @@ class RunFolder:
                     csv.DictWriter(file, self._columns).writerow(row)
         except OSError as error:
             raise self._explained(error, "the metrics of step", row["step"]) from error
+        self._last = row["step"]
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes ``result.json``, which marks the run as finished."""
@@ -130,12 +154,13 @@ class RunFolder:
                 f"{self._checkpoint} is not a checkpoint of a run, or is damaged: move it away to start over"
             ) from error
 
-    def _compare_config(self, config: dict[str, Any], may_change: Collection[str]) -> None:
+    def _compare_config(self, config: dict[str, Any], may_change: Collection[str], added: Mapping[str, Any]) -> None:
         path = self.path / "config.json"
         before = _read_json(path)
         if before is not None and (self.step is not None or self.result is not None):  # else there is nothing to lose
-            for key in [*before, *(key for key in config if key not in before)]:
-                ours, theirs = config.get(key, "absent"), before.get(key, "absent")
+            past = {**added, **before}
+            for key in [*past, *(key for key in config if key not in past)]:
+                ours, theirs = config.get(key, "absent"), past.get(key, "absent")
                 if ours != theirs and key not in may_change:
                     raise ValueError(
                         f"{self.path} holds a run with {key}={theirs!r}, and this one has {key}={ours!r}: "
@@ -231,7 +256,7 @@ def _lock(folder: Path) -> IO | None:
     file = (folder / ".lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by forked data workers
-    except OSError:
+    except (BlockingIOError, PermissionError):  # other errors are of file systems that have no locks
         file.close()
-        raise RuntimeError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+        raise FolderInUse(f"another process is at work in {folder}: wait for it, or choose another folder") from None
     return file

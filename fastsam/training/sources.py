@@ -74,8 +74,9 @@ def from_hub(name: str) -> dict[str, datasets.Dataset]:
     try:
         found = datasets.load_dataset(repository, configuration)
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such repository, no cached copy
+        what = f"{name}: {repository}" if known else f"{name} is no folder here, and as a data set on the hub it"
         raise DataError(
-            f"{name}: {repository} is not in the cache of the datasets library and could not be downloaded "
+            f"{what} is not in the cache of the datasets library and could not be downloaded "
             f"({str(error).strip().splitlines()[0]}). Without a network, copy the parquet files of "
             f"huggingface.co/datasets/{repository} to a folder {name.split('/')[-1]} and give its parent as data_dir "
             "(--data-dir)"
