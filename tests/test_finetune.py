@@ -27,7 +27,7 @@ pytest.importorskip("sklearn")
 from safetensors.torch import load_file
 
 import fastsam.checkpoint
-from fastsam import graphs
+from fastsam import graphs, memory
 from fastsam.cli import app
 from fastsam.finetune import batches, groups, job, model, steps
 from fastsam.finetune.batches import shuffled
@@ -928,19 +928,19 @@ def test_a_run_whose_losses_are_not_finite_ends_with_its_first_epoch(birds, chec
 
 
 @pytest.mark.parametrize(
-    ("files", "left"),
+    ("files", "free"),
     [
-        ({"memory.max": "1000\n", "memory.current": "300\n"}, 700),
-        ({"memory.max": "max\n", "memory.current": "300\n"}, float("inf")),
-        ({"memory/memory.limit_in_bytes": "500\n", "memory/memory.usage_in_bytes": "200\n"}, 300),
-        ({}, float("inf")),
+        ({"max": "1000", "current": "300"}, 700),
+        ({"max": "max", "current": "300"}, 2048),
+        ({"max": "9000", "current": "300"}, 2048),
+        ({}, 2048),
     ],
-    ids=["version 2", "no limit", "version 1", "no container"],
+    ids=["a container", "one without a limit", "one with a high limit", "no container"],
 )
-def test_images_are_kept_only_where_the_containers_memory_has_room(tmp_path, monkeypatch, files, left):
-    (tmp_path / "memory").mkdir()
+def test_images_are_kept_only_where_machine_and_container_have_room(tmp_path, monkeypatch, files, free):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 2 kB\n")
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert batches.left_to_container(tmp_path) == left
-    monkeypatch.setattr(batches, "left_to_container", lambda: 4e3)
-    assert batches._free_memory(torch.device("cpu")) == 4e3
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUPS", [(tmp_path / "max", tmp_path / "current")])
+    assert batches._free_memory(torch.device("cpu")) == free

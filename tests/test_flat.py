@@ -267,3 +267,21 @@ def test_all_but_a_weight_of_another_shape_come_back_and_that_one_when_its_shape
     model[0].weight.data = whole
     optimizer.restore()
     assert torch.equal(model[0].weight, before[0])
+
+
+def test_gradients_may_have_another_dtype_in_one_pass_and_the_weights_in_the_next(backend):
+    """As those of a hook that hands over bfloat16 for a while."""
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch gives no parameter a gradient of another dtype")
+    mixed, plain = _model(), _model()
+    for p in mixed.parameters():
+        p.grad_dtype = None
+    optimizers = [SAM(m.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, backend=backend) for m in (mixed, plain)]
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        for p, q in zip(mixed.parameters(), plain.parameters(), strict=True):
+            p.grad = torch.randn(p.shape).to(dtype)
+            q.grad = p.grad.float()
+        for optimizer in optimizers:
+            optimizer.first_step()
+            optimizer.second_step()
+        assert all(map(torch.equal, mixed.parameters(), plain.parameters()))

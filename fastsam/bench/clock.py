@@ -14,16 +14,12 @@ from pathlib import Path
 
 import torch
 
+from fastsam.memory import free_memory
+
 LEAST_ROUNDS = 3  # these are taken even when the time is over
 FAILED = "failed:"  # how a note begins that no plan foresees
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# What the whole machine has, then what this container may have and has taken.
-_MEMINFO = Path("/proc/meminfo")
-_CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
 
 
 class HostEvent:
@@ -125,17 +121,6 @@ class PeakMemory:
             self.mib = round(max(0, after - self._before) / 2**20, 1)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on the device, or None where the system does not tell."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, StopIteration):
-        line = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
-        return min([int(line.split()[1]) * 1024, *_container_memory()])
-    return None
-
-
 def groups_that_fit(needs: dict[str, int], shared: int, device: torch.device) -> tuple[list[list[str]], dict[str, str]]:
     """The names of ``needs`` (bytes each) in groups that fit beside ``shared`` bytes, and a note for one that does not.
 
@@ -180,12 +165,6 @@ def failure(error: Exception) -> str:
     """A line that fits a table; the whole of it goes to standard error."""
     traceback.print_exception(error)
     return f"{FAILED} {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
-
-
-def _container_memory() -> Iterator[int]:
-    for limit, used in _CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-            yield int(limit.read_text()) - int(used.read_text())
 
 
 def _status(key: str) -> int | None:

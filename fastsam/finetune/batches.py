@@ -6,16 +6,15 @@ processes decode them again each epoch, ahead of the model. Both give the same b
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastsam.memory import free_memory
 from fastsam.training.data import DataError, open_image
 
 Batch = tuple[Tensor, Tensor]
@@ -156,23 +155,5 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def _free_memory(device: torch.device) -> float:
     """Bytes that are free on this machine, in its container and on the device, whichever are fewest."""
-    free = left_to_container()
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = min(free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if device.type == "cuda":
-        free = min(free, torch.cuda.mem_get_info(device)[0])
-    return free
-
-
-def left_to_container(root: str | os.PathLike = "/sys/fs/cgroup") -> float:
-    """Bytes that the memory limit of a Linux container leaves; infinite without a limit.
-
-    Source: the kernel's documentation of control groups, version 2 and 1.
-    """
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-            return int(Path(root, limit).read_text()) - int(Path(root, used).read_text())
-    return float("inf")
+    free = (free_memory(torch.device("cpu")), free_memory(device))
+    return min((each for each in free if each is not None), default=float("inf"))
