@@ -285,3 +285,21 @@ def test_gradients_may_have_another_dtype_in_one_pass_and_the_weights_in_the_nex
             optimizer.first_step()
             optimizer.second_step()
         assert all(map(torch.equal, mixed.parameters(), plain.parameters()))
+
+
+def test_state_cleared_between_the_passes_begins_anew_in_the_second(backend):
+    model, twin = _model(), _model()
+    optimizers = [SAM(m.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, backend=backend) for m in (model, twin)]
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        _steps(m, optimizer, 2)
+    optimizers[1].state.clear()  # before the step, where nothing else can be meant
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        _loss(m)
+        optimizer.first_step(zero_grad=True)
+        if m is model:
+            optimizer.state.clear()
+        _loss(m)
+        optimizer.second_step(zero_grad=True)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    saved = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert all(torch.equal(saved[0][i]["momentum_buffer"], saved[1][i]["momentum_buffer"]) for i in range(4))
