@@ -170,3 +170,10 @@ def test_a_closure_that_forgets_backward_is_refused(backend, first_backward):
     with pytest.raises(RuntimeError, match=r"left no gradients.*backward"):
         optimizer.step(closure)
     assert torch.equal(problem.weights(), before[0]) and state_bits(optimizer, problem.params()) == before[1]
+
+
+@pytest.mark.parametrize("method", ["step", "finish", "accumulate"])
+def test_a_step_without_its_closure_says_what_it_needs(backend, method):
+    optimizer = build_optimizer("SAM", "SGD", [torch.nn.Parameter(torch.ones(2))], backend)
+    with pytest.raises(TypeError, match=rf"{method}\(\) needs a closure.*first_step"):
+        getattr(optimizer, method)(None)

@@ -94,6 +94,27 @@ def test_every_fused_base_equals_the_specification(on_host, base, dtype):
     compare("F-SAM sigma=1.0 lmbda=0.9", base, dtype)
 
 
+def test_what_an_abandoned_accumulation_left_in_a_buffer_is_no_average(on_host):
+    """The first parameter has a gradient in the micro-batches that say so; the first three are abandoned."""
+    outcomes = []
+    for backend in ("torch", "cuda"):
+        params = [torch.nn.Parameter(noise((6,), i, torch.float64)) for i in range(2)]
+        optimizer = build_optimizer("F-SAM sigma=0.5 lmbda=0.9", "SGD momentum", params, backend)
+        for k, meets in enumerate([False, True, True, False, False, True]):
+
+            def closure(k=k, used=params[not meets :]):
+                loss = sum((p * noise((6,), 10 + k, torch.float64)).square().sum() for p in used)
+                loss.backward()
+                return loss
+
+            if k == 3:
+                optimizer.zero_grad()
+            optimizer.accumulate(closure)
+        optimizer.descend()
+        outcomes.append([*params, *(optimizer.state[p]["momentum"] for p in params)])
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("base", ["SGD momentum", "AdamW"])
 @pytest.mark.parametrize("method", SOME_METHODS)
 def test_missing_gradients(on_host, method, base):

@@ -180,6 +180,15 @@ def test_steps_without_the_graph_in_between(training):
     assert len(captured.gpu.recorded) == 2
 
 
+def test_a_step_with_other_clipping_in_between(training):
+    eager, captured = training(), training().capture(max_norm=0.1)
+    step = captured.step
+    for k, options in enumerate([{"max_norm": 0.1}, {"clip_value": 0.01}, {"max_norm": 0.1}]):
+        captured.step = step if "max_norm" in options else None
+        assert captured.train([k], **options) == eager.train([k], **options)
+    assert captured.everything() == eager.everything()
+
+
 def test_a_batch_that_overflows_changes_nothing_and_the_next_step_counts(training):
     eager, captured = training(), training().capture()
     for each in (eager, captured):
