@@ -13,6 +13,8 @@ from reference.scripted import assert_same_rounding, bits, noise, scripted_steps
 
 import fastsam
 
+pytestmark = pytest.mark.filterwarnings("ignore:no parameter has a gradient")
+
 
 def reversed_axes(t):
     return t.permute(tuple(reversed(range(t.dim()))))
