@@ -1,4 +1,4 @@
-# make demo | test | bench | build | clean; each sets up what it needs in .venv first.
+# make demo | test | bench | docs | build | clean; each sets up what it needs in .venv first.
 #
 #   PYTHON=python3.12     the interpreter that .venv is made with
 #   TORCH_INDEX=URL       a package index to take torch from, such as PyTorch's own of the much smaller CPU builds
@@ -11,9 +11,11 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+# Twice quiet: errors alone. pip's warnings are about the machine's settings, and fill a screen.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench build clean
+.PHONY: demo test bench docs build clean
 .DELETE_ON_ERROR:
 
 # A demo may run without a compiler; what checks or measures the extension may not.
@@ -27,17 +29,22 @@ demo: $(VENV)/.with-demo
 test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(SITE) --quiet
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: build
 	$(BIN)/python -m benchmarks.optimizer_step $(ARGS)
 
+docs: $(VENV)/.with-dev
+	$(SITE)
+
 build: $(VENV)/.with-dev
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 clean:
-	rm -rf $(VENV) build dist fastsam.egg-info fastsam/_*.so fastsam/_build_info.json
-	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info fastsam/_*.so fastsam/_build_info.json
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp of one set of extras. Without build isolation, objects compiled here are reused by the next build.

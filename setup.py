@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -302,7 +303,17 @@ def replace(destination: Path, source: Path) -> None:
     os.replace(unfinished, destination)
 
 
+def check_setuptools(version: str) -> None:
+    """An older one stops at pyproject.toml with a page of validation errors."""
+    if int(version.partition(".")[0]) < 77:
+        raise SystemExit(
+            f"fastsam needs setuptools 77 or newer to build, and this is {version}: "
+            "pip install -U setuptools, or leave out --no-build-isolation"
+        )
+
+
 if __name__ == "__main__":
+    check_setuptools(setuptools.__version__)
     setup(
         ext_modules=[Extension(f"fastsam.{native.module}", native.sources(), optional=True) for native in EXTENSIONS],
         cmdclass={"build_ext": NinjaBuild},

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
-import os
 import statistics
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -23,15 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from fastsam.bench.machine import machine
-from fastsam.curvature import CurvatureMonitor, draw_panels
-from fastsam.demo import data, settings
-from fastsam.demo.train import build_optimizer
-from fastsam.methods.eigen import EigenSAM, Estimate
+from fastsam.commands.demo import settings, train
+from fastsam.commands.machine import machine, processors
+from fastsam.curvature import draw_panels
+from fastsam.methods.eigen import Estimate
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {
@@ -56,9 +52,9 @@ def main() -> None:
         jobs = [
             (m, seed, options, Path(folder) / f"{m}-{seed}.csv") for seed in range(options.seeds) for m in options.runs
         ]
-        workers = min(len(jobs), os.cpu_count() or 1)
+        workers = min(len(jobs), processors())
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            runs = list(pool.map(train, *zip(*jobs, strict=True)))
+            runs = list(pool.map(run, *zip(*jobs, strict=True)))
         options.output.mkdir(parents=True, exist_ok=True)
         files = {m: [path for method, _, _, path in jobs if method == m] for m in options.runs}
         draw_panels(files, options.output / "alignment.png")
@@ -79,62 +75,22 @@ def main() -> None:
     print_summary(result["summary"])
 
 
-def train(name: str, seed: int, options: argparse.Namespace, path: Path) -> dict:
+def run(name: str, seed: int, options: argparse.Namespace, path: Path) -> dict:
     """One run; its monitor writes to ``path``."""
     torch.set_num_threads(1)
-    chosen, digits = settings.MODELS[options.model], data.load(settings.DATA)
-    torch.manual_seed(seed)
-    model = chosen.build()
-    optimizer = build_optimizer(model, RUNS[name][0], chosen, RUNS[name][1])
-    x, y = digits.sharpness_subset()
-    monitor = CurvatureMonitor(optimizer, path, EVERY, model=model, method="exact", eval_mode=True, rho=chosen.rho)
-    epochs = options.epochs or chosen.epochs
-    batches = len(digits.train_labels) // chosen.batch_size
-    steps = epochs * batches
-    rows, losses, warmup, base = [], [], max(1, steps // 10), getattr(optimizer, "base_optimizer", optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        base, lambda s: min((s + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, s - warmup) / (steps - warmup)))
-    )
-    order = torch.Generator().manual_seed(seed)
-    for step in range(steps + 1):
-        rows.append(monitor(lambda: F.cross_entropy(model(x), y), step))
-        if step == steps:
-            break
-        if step % batches == 0:
-            epoch = torch.randperm(len(digits.train_labels), generator=order)
-        batch = epoch[step % batches * chosen.batch_size :][: chosen.batch_size]
-        losses.append(_step(model, optimizer, digits.train_images[batch], digits.train_labels[batch]))
-        schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()
+    method, arguments = RUNS[name]
+    chosen = settings.MODELS[options.model]
+    chosen = dataclasses.replace(chosen, epochs=options.epochs or chosen.epochs)
+    watched = settings.CurvatureSettings(options.model, (method,), EVERY, settings.DATA.sharpness_size)
+    digits = train.digits(settings.DATA)
+    _, done = train.train(options.model, chosen, method, arguments, digits, seed, curvature=(watched, path))
     return {
         "method": name,
         "seed": seed,
-        "test_accuracy": accuracy,
-        "train_loss": statistics.mean(losses[-batches:]),
-        "rows": [row for row in rows if row is not None],
+        "test_accuracy": done.test_accuracy[-1],
+        "train_loss": done.train_loss[-1],
+        "rows": done.curvature,
     }
-
-
-def _step(model, optimizer, x, y) -> float:
-    model.train()
-
-    def loss_fn() -> torch.Tensor:
-        return F.cross_entropy(model(x), y)
-
-    if isinstance(optimizer, EigenSAM) and optimizer.eigenvector_due():
-        optimizer.update_eigenvector(loss_fn, model)
-    loss = loss_fn()
-    loss.backward()
-    if hasattr(optimizer, "first_step"):
-        optimizer.first_step(zero_grad=True)
-        loss_fn().backward()
-        optimizer.second_step(zero_grad=True)
-    else:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
 
 
 def summary(runs: list[dict]) -> dict[str, list[float]]:

@@ -1,7 +1,7 @@
-"""The demo's result for the README: runs ``fastsam demo``, keeps its numbers and picture, rewrites the README's table.
+"""The demo's result for docs/demo.md: runs ``fastsam demo``, keeps its numbers and picture, rewrites the page's table.
 
 python -m benchmarks.demo            # some two minutes on two quiet cores
-python -m benchmarks.demo --check    # runs nothing; exit 1 if the README's table is not that of the kept result
+python -m benchmarks.demo --check    # runs nothing; exit 1 if the page's table is not that of the kept result
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastsam import demo
+from fastsam.commands import demo
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "demo.md"
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if the README's table is out of date")
+    parser.add_argument("--check", action="store_true", help="run nothing; exit 1 if the page's table is out of date")
     options = parser.parse_args(arguments)
     if not options.check:
         with tempfile.TemporaryDirectory() as folder:
             demo.run(Path(folder))
             shutil.copy(Path(folder) / "results.json", RESULTS / "demo.json")
             shutil.copy(Path(folder) / "curvature.png", RESULTS / "demo-curvature.png")
-    current = README.read_text()
+    current = PAGE.read_text()
     updated = with_demo_block(current, json.loads((RESULTS / "demo.json").read_text()))
     if options.check:
         if updated != current:
-            print(f"{README}: the demo's table is not that of {RESULTS / 'demo.json'}", file=sys.stderr)
+            print(f"{PAGE}: the demo's table is not that of {RESULTS / 'demo.json'}", file=sys.stderr)
         return int(updated != current)
-    README.write_text(updated)
+    PAGE.write_text(updated)
     return 0
 
 

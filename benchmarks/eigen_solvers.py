@@ -25,9 +25,10 @@ from rich.table import Table
 from torch import nn
 
 from fastsam import SAM, EigenSAM
-from fastsam.bench.machine import machine
+from fastsam.commands.demo import settings
+from fastsam.commands.demo.train import digits
+from fastsam.commands.machine import machine
 from fastsam.curvature import Hessian, hessian_vector_product, top_eigenpairs
-from fastsam.demo import data, settings
 
 RESULT = Path(__file__).parent / "results" / "eigen_solvers.json"
 TOLERANCE = 1e-2
@@ -97,8 +98,7 @@ def differences(seeds: int) -> list[dict]:
 
 
 def _cosines(model: nn.Module) -> list[dict]:
-    digits = data.load(settings.DATA)
-    x, y = digits.train_images[:64], digits.train_labels[:64]
+    x, y = digits(settings.DATA)[0][:64].pair()
     exact = copy.deepcopy(model).double()
 
     def loss() -> torch.Tensor:
@@ -137,8 +137,7 @@ def cost(seeds: int) -> list[dict]:
     of each block's. Wall time, and the processor's time of this process, which other work disturbs less.
     """
     model_settings = settings.MODELS["ViT"]
-    digits = data.load(settings.DATA)
-    runs = {name: _Training(name, model_settings, digits) for name in ("SAM", "Eigen-SAM, manual", "Eigen-SAM, step")}
+    runs = {name: _Training(name, model_settings) for name in ("SAM", "Eigen-SAM, manual", "Eigen-SAM, step")}
     blocks = {name: [] for name in runs}
     for _ in range(1 + max(seeds, 5)):
         for run in blocks.values():
@@ -166,9 +165,9 @@ def cost(seeds: int) -> list[dict]:
 
 
 class _Training:
-    def __init__(self, name: str, model_settings, digits) -> None:
+    def __init__(self, name: str, model_settings) -> None:
         torch.manual_seed(0)
-        self.name, self.digits, self.model = name, digits, model_settings.build()
+        self.name, self.train, self.model = name, digits(settings.DATA)[0], model_settings.build()
         method = SAM if name == "SAM" else EigenSAM
         options = {} if name == "SAM" else {"freq": 100}
         self.optimizer = method(
@@ -180,8 +179,7 @@ class _Training:
 
     def step(self) -> tuple[float, float]:
         """Seconds that a step takes, and an estimate where one is due: wall time and processor time."""
-        i = torch.randint(0, len(self.digits.train_labels), (self.batch,), generator=self.generator)
-        x, y = self.digits.train_images[i], self.digits.train_labels[i]
+        x, y = self.train[torch.randint(0, len(self.train), (self.batch,), generator=self.generator)].pair()
         begin = time.perf_counter(), time.process_time()
         self._step(x, y)
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
@@ -212,7 +210,7 @@ PARTS = {"products": products, "differences": differences, "cost": cost}
 def stages(name: str, seed: int):
     """(steps, model in eval mode, its loss on one batch) at three times of a training with SAM."""
     model_settings = settings.MODELS[name.split(",")[0]]
-    digits = data.load(settings.DATA)
+    train, _ = digits(settings.DATA)
     torch.manual_seed(seed)
     model = model_settings.build()
     if name.endswith("smooth"):
@@ -225,27 +223,22 @@ def stages(name: str, seed: int):
     for steps in (0, 50, 250):
         model.train()
         while done < steps:
-            i = torch.randint(0, len(digits.train_labels), (model_settings.batch_size,))
-            x, y = digits.train_images[i], digits.train_labels[i]
+            x, y = train[torch.randint(0, len(train), (model_settings.batch_size,))].pair()
             for half in (optimizer.first_step, optimizer.second_step):
                 F.cross_entropy(model(x), y).backward()
                 half(zero_grad=True)
             done += 1
         model.eval()
-        x, y = digits.train_images[: model_settings.batch_size], digits.train_labels[: model_settings.batch_size]
+        x, y = train[: model_settings.batch_size].pair()
         yield steps, model, lambda model=model, x=x, y=y: F.cross_entropy(model(x), y)
 
 
 def _without_kinks(model: nn.Module) -> None:
-    """SiLU in the place of ReLU: in the stem and in the residual blocks, which call the function."""
+    """SiLU in the place of ReLU: in the stem and in the residual blocks, which end with the function."""
     model.stem[2] = nn.SiLU()
     for block in model.blocks:
-        block.forward = _smooth_forward.__get__(block)
-
-
-def _smooth_forward(block, x):
-    y = F.silu(block.norm1(block.conv1(x)))
-    return F.silu(block.norm2(block.conv2(y)) + block.shortcut(x))
+        block.residual[2] = nn.SiLU()
+        block.forward = lambda x, block=block: F.silu(block.residual(x) + block.shortcut(x))
 
 
 def _cosine(a, b) -> float:

@@ -1,11 +1,15 @@
 """The GPU benchmark: optimizer and training steps against what they must reach, within a given time.
 
-    python -m benchmarks.gpu OUTDIR --seconds 300
+    python -m benchmarks.gpu OUTDIR --seconds 480
 
-``benchmarks/gpu.sh`` builds, tests and then runs this. It needs torch and nothing else, and writes ``gpu.json`` (in the
-form of ``fastsam/bench/throughput.py``) and ``gpu.md`` into the folder after each measurement, so that a run that
-is stopped keeps what it had. The sections come in order of importance; what the time does not allow is named, and so
-is what raised, which makes the exit status 1.
+``benchmarks/gpu.sh`` runs this. It needs torch and nothing else, and writes ``gpu.json`` (in the form of
+``fastsam/commands/bench/throughput.py``) and ``gpu.md`` into the folder after each measurement, so that a run that is
+stopped keeps what it had. The sections come in order of importance; what the time does not allow is named, and so is
+what raised, which makes the exit status 1.
+
+Each backend is measured in a process of its own, because nothing runs any more after an illegal access. A section in
+which that happens is lost to this backend and measured with the next one, and another process goes on with the section
+after it.
 
 With ``FASTSAM_BENCH_DEVICE=cpu`` every line runs on a CPU at tiny sizes: the numbers say nothing then.
 """
@@ -13,30 +17,44 @@ With ``FASTSAM_BENCH_DEVICE=cpu`` every line runs on a CPU at tiny sizes: the nu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from benchmarks import workers
+from benchmarks.gpu_targets import JUDGED, TRAINED, targets
+from fastsam.commands.bench.clock import FAILED
+from fastsam.commands.bench.tables import markdown
+from fastsam.commands.bench.throughput import PARTS, Plan, run
+from fastsam.commands.bench.training_step import GRAPHS
 
-from fastsam.bench.clock import FAILED
-from fastsam.bench.settings import METHODS
-from fastsam.bench.tables import markdown
-from fastsam.bench.throughput import PARTS, Plan, run
+_RIVALS = ("authors", "foreach", "foreach-fused")
+#: The implementation of each backend, and what stands in for it on a CPU.
+OURS = {"cuda": "fastsam", "triton": "fastsam-triton"}
+_STAND_INS = {"cuda": "fastsam", "triton": "fastsam-flat"}
 
-LEAST_SHARE, LEAST_OVER_FOREACH, LEAST_OVER_LOOP = 0.9, 2.5, 20.0
-MOST_PLAIN_STEPS, LEAST_GRAPH_OVER_FOREACH = 2.05, 1.5
-LARGE = ("vit-b16", "vit-l16", "gpt-1.3b")
-TRAINED = ("vit-b16", "resnet18")
+_OF_ANOTHER_BACKEND = 60  # seconds that stay for the next backend
+_OVERRUN = 45  # seconds that a cell may need past its deadline
+_LEAST = 15  # seconds for which a process is not begun
+_MOST_LOST = 2  # sections of a backend, which is given up then
 
-_RIVALS = ("fastsam-triton", "authors", "foreach", "foreach-fused")
+
+class Section(NamedTuple):
+    """What is measured together, with the most seconds it may take."""
+
+    name: str
+    seconds: float
+    plan: Plan
 
 
 def _optimizer_steps(*models: str, **options: Any) -> Plan:
-    return Plan(parts=("optimizer",), models=models, **{"rivals": _RIVALS, **options})
+    return Plan(parts=("optimizer",), models=models, **{"methods": JUDGED, "rivals": _RIVALS, **options})
 
 
 def _training_steps(*methods: str) -> Plan:
@@ -45,77 +63,169 @@ def _training_steps(*methods: str) -> Plan:
     )
 
 
-# Each with the most seconds it may take.
 SECTIONS = (
-    (20, _optimizer_steps("resnet18")),
-    (30, _optimizer_steps("vit-b16")),
-    (60, _optimizer_steps("vit-l16", "gpt-1.3b", rivals=("foreach", "foreach-fused"))),
-    (30, _optimizer_steps("vit-b16", "resnet18", dtypes=("bf16",))),
-    (100, _training_steps("sam")),
-    (140, _optimizer_steps("vit-b16", rivals=("compiled",), compile_limit=45)),
-    (30, _optimizer_steps("vit-l16", "gpt-1.3b", "resnet50", "wrn28-10", dtypes=("bf16",), rivals=("foreach",))),
-    (20, _optimizer_steps("resnet50", "wrn28-10")),
-    (30, Plan(parts=("parameters", "tensors"), methods=("fsam",), rivals=("foreach", "authors"))),
-    (60, _training_steps("fsam", "eigensam")),
+    Section("vit-b16", 40, _optimizer_steps("vit-b16")),
+    Section("training", 110, _training_steps("sam", "momentumsam")),
+    Section("large", 65, _optimizer_steps("vit-l16", "gpt-1.3b", rivals=("foreach", "foreach-fused"))),
+    Section("bf16", 30, _optimizer_steps("vit-b16", "resnet18", dtypes=("bf16",), rivals=("foreach",))),
+    Section("large bf16", 35, _optimizer_steps("vit-l16", "gpt-1.3b", dtypes=("bf16",), rivals=("foreach",))),
+    Section("resnet18", 20, _optimizer_steps("resnet18")),
+    Section("compiled", 70, _optimizer_steps("vit-b16", methods=("fsam",), rivals=("compiled",), compile_limit=45)),
+    Section("curves", 30, Plan(parts=("parameters", "tensors"), methods=("fsam",), rivals=("foreach", "authors"))),
+    Section("training of the others", 60, _training_steps("fsam", "eigensam")),
 )
-
-
-class Target(NamedTuple):
-    """What must be reached, what was measured (None: it was not), and whether that is enough."""
-
-    what: str
-    measured: str | None
-    met: bool | None
+#: Of the backends that are not the first.
+BESIDE = (Section("optimizer steps beside", 45, _optimizer_steps("vit-b16", "resnet18", rivals=())),)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path, help="folder for gpu.json and gpu.md")
-    parser.add_argument("--seconds", type=float, default=400, help="about how long it may take (default 400)")
+    parser.add_argument("--seconds", type=float, default=480, help="about how long it may take (default 480)")
     parser.add_argument("--note", action="append", default=[], help="a line for gpu.md, such as how the tests ended")
+    parser.add_argument("--worker", nargs=2, metavar=("BACKEND", "STATE"), help=argparse.SUPPRESS)
+    parser.add_argument("--sections", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    device = os.environ.get("FASTSAM_BENCH_DEVICE", "cuda")
-    if device == "cpu":
-        options.note.insert(0, "A stand-in: tiny sizes on a CPU, timed as a GPU is. No number here means anything.")
-    elif not torch.cuda.is_available():
-        parser.error("torch finds no GPU; FASTSAM_BENCH_DEVICE=cpu tries every line without one")
     options.output.mkdir(parents=True, exist_ok=True)
-
-    def write(result: dict[str, Any]) -> None:
-        result["notes"] = options.note
-        _replace(options.output / "gpu.json", json.dumps(result, indent=1) + "\n")
-        _replace(options.output / "gpu.md", report(result))
-
-    result = measure(device, options.seconds, write)
+    if options.worker:
+        backend, state = options.worker
+        return work(backend, options.sections, options.seconds, Files(Path(state), options.output))
+    if reason := workers.no_gpu():
+        parser.error(f"{reason}; FASTSAM_BENCH_DEVICE=cpu tries every line without a GPU")
+    if workers.stand_in():
+        options.note.insert(0, "A stand-in: tiny sizes on a CPU, timed as a GPU is. No number here means anything.")
+    memory = Path("/dev/shm")  # where no full disk comes between the processes
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        files = Files(Path(folder, "state.json"), options.output)
+        result = measure(files, options.output, options.seconds, options.note)
+    if "machine" not in result:
+        print("\n".join(result["notes"]), "nothing was measured", sep="\n")
+        return 1
     print(report(result))
     failed = list(failures(result))
     print("\n".join(failed))
     return 1 if failed else 0
 
 
-def measure(device: str, seconds: float, write) -> dict[str, Any]:
-    """All sections, each within its own seconds and what is left of the whole."""
-    result: dict[str, Any] | None = None
-    spent = 0.0
-    for most, section in SECTIONS:
-        seconds_left = max(0.0, seconds - spent)
-        plan = dataclasses.replace(section, device=device, rounds=15, seconds=min(most, seconds_left), keep_going=True)
+class Files:
+    """The result so far, where the processes find it, and as ``gpu.json`` and ``gpu.md`` for the user."""
+
+    def __init__(self, state: Path, output: Path) -> None:
+        self.state, self._output = state, output
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.state.read_text())
+
+    def write(self, result: dict[str, Any]) -> None:
+        """A folder that cannot be written to costs the files, and not the run."""
+        text = json.dumps(result, indent=1) + "\n"
+        _replace(self.state, text)
+        if "machine" not in result:
+            return
+        try:
+            _replace(self._output / "gpu.json", text)
+            _replace(self._output / "gpu.md", report(result))
+        except OSError as error:
+            print(f"{self._output}: {error.strerror}; what is measured goes to the screen alone", flush=True)
+
+
+def measure(files: Files, output: Path, seconds: float, notes: list[str]) -> dict[str, Any]:
+    """Has every backend that there is measured by processes of its own."""
+    end = time.monotonic() + seconds
+    found = workers.available()
+    notes += [f"Backend {name}: {why}." for name, why in found.items() if why != "available"]
+    files.write({"notes": notes, "sections": []})
+    backends = [name for name, why in found.items() if why == "available"]
+    lost: list[str] = []
+    for number, backend in enumerate(backends):
+        later = len(backends) - 1 - number
+        names = [*lost, *(section.name for section in (BESIDE if number else SECTIONS))]
+        end_of_this = end - later * _OF_ANOTHER_BACKEND
+        lost = _measured_by(backend, names, files, output, end_of_this)
+    return files.read()
+
+
+def _measured_by(backend: str, names: Sequence[str], files: Files, output: Path, end: float) -> list[str]:
+    """Has processes measure these sections; returns those that were lost to a process that broke."""
+    lost: list[str] = []
+    while names and (left := end - time.monotonic()) > _LEAST:
+        options = [str(output), "--worker", backend, str(files.state), "--seconds", f"{left:.0f}", "--sections"]
+        how = workers.run("benchmarks.gpu", [*options, *names], left + _OVERRUN)
+        result = files.read()
+        entries = [entry for entry in result["sections"] if entry["backend"] == backend and entry["section"] in names]
+        for entry in entries:
+            if entry["ended"] is None:
+                entry["ended"] = how or "ended in it"
+        broken = [entry for entry in entries if entry["ended"] != "done"]
+        if how and not entries:  # it did not come to measure anything
+            broken = [{"section": names[0], "backend": backend, "ended": how, "before": {}}]
+            result["sections"] += broken
+        for entry in broken:
+            print(f"{backend}: {entry['section']} was lost: {entry['ended']}", flush=True)
+            _drop_what_failed_with_it(result, entry)
+        files.write(result)
+        if not how:
+            return lost
+        lost += [entry["section"] for entry in broken]
+        last = max((names.index(entry["section"]) for entry in [*entries, *broken]), default=len(names) - 1)
+        names = names[last + 1 :]
+        if len(lost) >= _MOST_LOST:
+            return [*lost, *names]
+    return lost
+
+
+def _drop_what_failed_with_it(result: dict[str, Any], entry: dict[str, Any]) -> None:
+    """What others measured after the fault failed for no reason of theirs: the next backend has them measured again."""
+    own = {OURS[entry["backend"]], GRAPHS[OURS[entry["backend"]]]}
+    for part, count in entry["before"].items():
+        rows = result.get(part, [])
+        rows[count:] = (r for r in rows[count:] if r["implementation"] in own or not _failed(r))
+
+
+def work(backend: str, names: Sequence[str], seconds: float, files: Files) -> int:
+    """Measures the sections of these names, one after the other; 1 as soon as this process's device is broken."""
+    end = time.monotonic() + seconds
+    state = files.read()
+    result = state if "machine" in state else None
+    device = "cpu" if workers.stand_in() else "cuda"
+    for section in sorted((s for s in (*SECTIONS, *BESIDE) if s.name in names), key=lambda s: names.index(s.name)):
+        entry = {"section": section.name, "backend": backend, "ended": None}
+        entry["before"] = {part: len(result[part]) if result else 0 for part in ("optimizer", "training")}
+        state["sections"].append(entry)
+        files.write(result or state)
+        ours = (_STAND_INS if device == "cpu" else OURS)[backend]
+        left = max(0.0, end - time.monotonic())
+        plan = dataclasses.replace(
+            section.plan, ours=ours, device=device, rounds=15, seconds=min(section.seconds, left), keep_going=True
+        )
         if device == "cpu":
             plan = dataclasses.replace(plan, quick=True, queued=True, rounds=2)
-        result = run(plan, lambda what, done: print(what, flush=True), write, result)
-        spent = result["seconds"]
-    write(result)
-    return result
+
+        def write(measured: dict[str, Any]) -> None:
+            measured |= {"notes": state["notes"], "sections": state["sections"]}
+            files.write(measured)
+
+        result = run(plan, lambda what, done: print(f"{backend}: {what}", flush=True), write, result)
+        entry["ended"] = workers.broken(device) or "done"
+        write(result)
+        if entry["ended"] != "done":
+            return 1
+    return 0
 
 
 def failures(result: dict[str, Any]) -> Iterator[str]:
     """What raised, a line each; the tables name it, too."""
     for row in (*result["optimizer"], *result["training"]):
-        if row["ms"] is None and row["note"].startswith(FAILED):
+        if _failed(row):
             yield f"{row['model']} {row['method']} {row['dtype']} by {row['implementation']} {row['note']}"
     for each in result["left_out"]:
         if each["why"].startswith(FAILED):
             yield f"{each['what']} {each['why']}"
+    yield from _lost(result)
+
+
+def _failed(row: dict[str, Any]) -> bool:
+    return row["ms"] is None and row["note"].startswith(FAILED)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -125,67 +235,26 @@ def report(result: dict[str, Any]) -> str:
         verdict = {True: "met", False: "**missed**", None: "–"}[target.met if result["machine"].get("gpu") else None]
         lines.append(f"| {target.what} | {target.measured or 'not measured'} | {verdict} |")
     title, rest = markdown(result).split("\n\n", 1)
-    return "\n\n".join([title, *result.get("notes", []), "\n".join(lines), rest])
+    return "\n\n".join([title, *result.get("notes", []), *_lost(result), "\n".join(lines), rest])
 
 
-def targets(result: dict[str, Any]) -> Iterator[Target]:
-    for model in LARGE:
-        for dtype in ("fp32", "bf16"):
-            rows = _optimizer(result, model=model, dtype=dtype, implementation="fastsam")
-            shares = [(row["share"], row["method"]) for row in rows if row["share"] is not None]
-            worst, missing = min(shares, default=(None,))[0], set(METHODS) - {method for _, method in shares}
-            what = f"{model} {dtype}: {LEAST_SHARE:.0%} of the copy bandwidth, every method"
-            target = _target(what, worst, LEAST_SHARE)
-            if shares and missing:
-                measured = f"{target.measured}, without {', '.join(METHODS[method] for method in sorted(missing))}"
-                target = target._replace(measured=measured, met=None if target.met else False)
-            yield target
-    for rival, model, least in (
-        ("foreach", "vit-b16", LEAST_OVER_FOREACH),
-        ("compiled", "vit-b16", 1.0),
-        ("authors", "resnet18", LEAST_OVER_LOOP),
-    ):
-        for method in METHODS:
-            rows = _optimizer(result, model=model, dtype="fp32", method=method, implementation=rival)
-            times = next((row["times_fastsam"] for row in rows), None)
-            what = f"{least:g} times faster than {rival}" if least > 1 else f"faster than {rival}"
-            yield _target(f"{model} {METHODS[method]}: {what}", times, least, "{:.2f}×")
-    for model in TRAINED:
-        row = _training(result, model, 128, "fastsam")
-        steps = row["times_plain"] if row else None
-        met = None if steps is None else steps <= MOST_PLAIN_STEPS
-        what = f"{model} batch 128: a SAM step is at most {MOST_PLAIN_STEPS} plain steps"
-        yield Target(what, None if steps is None else f"{steps:.3f}", met)
-    for model in TRAINED:
-        graph, foreach = _training(result, model, 8, "fastsam-graph"), _training(result, model, 8, "foreach")
-        times = foreach["ms"] / graph["ms"] if graph and foreach else None
-        what = f"{model} batch 8: the graph {LEAST_GRAPH_OVER_FOREACH} times faster than foreach SAM"
-        yield _target(what, times, LEAST_GRAPH_OVER_FOREACH, "{:.2f}×")
-
-
-def _target(what: str, value: float | None, least: float, form: str = "{:.1%}") -> Target:
-    return Target(what, None, None) if value is None else Target(what, form.format(value), value >= least)
-
-
-def _optimizer(result: dict[str, Any], **wanted: str) -> Iterator[dict[str, Any]]:
-    for row in result["optimizer"]:
-        if row["base"] == "sgd" and row["ms"] is not None and all(row[key] == wanted[key] for key in wanted):
-            yield row
-
-
-def _training(result: dict[str, Any], model: str, batch: int, name: str) -> dict[str, Any] | None:
-    for row in result["training"]:
-        if (row["model"], row["batch"], row["method"], row["implementation"]) == (model, batch, "sam", name):
-            return row if row["ms"] is not None else None
-    return None
+def _lost(result: dict[str, Any]) -> Iterator[str]:
+    for entry in result.get("sections", []):
+        if entry["ended"] not in (None, "done"):
+            yield f"The section {entry['section']!r} was lost to {entry['backend']}: {entry['ended']}."
 
 
 def _replace(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 if __name__ == "__main__":
-    assert set(PARTS) >= {part for _, plan in SECTIONS for part in plan.parts}
+    assert set(PARTS) >= {part for section in SECTIONS for part in section.plan.parts}
     raise SystemExit(main())

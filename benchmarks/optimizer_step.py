@@ -2,9 +2,9 @@
 
     python -m benchmarks.optimizer_step --output benchmarks/results/cpu.json
 
-``fastsam/bench/optimizer_step.py`` says how it is measured. The result is a JSON object:
+``fastsam/commands/bench/optimizer_step.py`` says how it is measured. The result is a JSON object:
 
-    machine    as ``fastsam/bench/machine.py`` describes it
+    machine    as ``fastsam/commands/machine.py`` describes it
     settings   the arguments and hyper-parameters of the run
     cells      one for each set, base and method: tensors, parameters, bytes_per_parameter, floor (ms of
                each pass, their sum, GB/s, source; null for sets that fit the caches) and implementations,
@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import print_tables
-from fastsam.bench import rivals, settings
-from fastsam.bench.machine import machine
-from fastsam.bench.optimizer_step import Cell, host_time
-from fastsam.bench.parameter_sets import parameter_set, set_names
+from fastsam.commands.bench import rivals, settings
+from fastsam.commands.bench.optimizer_step import Cell, host_time
+from fastsam.commands.bench.parameter_sets import parameter_set, set_names
+from fastsam.commands.machine import machine
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         )
 
     choice("--sets", set_names(), "parameter sets", ["resnet18", "wrn28-10", "vit-b16", "tiny2000"])
-    choice("--methods", list(settings.METHODS), "methods")
+    choice("--methods", list(settings.METHODS), "methods", list(settings.DEFAULT_METHODS))
     choice("--bases", list(settings.BASES), "base optimizers")
     choice("--rivals", [name for name in rivals.implementation_names() if name != "fastsam-triton"], "implementations")
     parser.add_argument("--repeats", type=int, default=15, help="rounds over all implementations (default 15)")

@@ -5,6 +5,8 @@ Print it, rewrite the block between the marks of a README, or fail if that block
     python -m benchmarks.report benchmarks/results/cpu.json
     python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
     python -m benchmarks.report benchmarks/results/cpu.json --readme README.md --check
+
+A result of ``benchmarks/gpu.py`` has marks of its own, ``<!-- gpu:begin -->`` and ``<!-- gpu:end -->``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,25 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastsam.bench.settings import METHODS
-from fastsam.bench.tables import BASE_TITLES, COLUMNS, number
+from fastsam.commands.bench import tables
+from fastsam.commands.bench.settings import METHODS
+from fastsam.commands.bench.tables import BASE_TITLES, COLUMNS, number
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+GPU_SHARED = ("title", "base", "dtype", "batch", "method")  # what a row of a GPU's tables has in common, if it has it
 OURS = ("fastsam", "fastsam-flat")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file written by benchmarks.optimizer_step")
+    parser.add_argument("result", type=Path, help="JSON file written by benchmarks.optimizer_step or benchmarks.gpu")
     parser.add_argument("--readme", type=Path, help="file whose benchmark block is to be rewritten")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the block is out of date")
     options = parser.parse_args(arguments)
     result = json.loads(options.result.read_text())
     if options.readme is None:
-        print_tables(result, Console())
+        print(gpu_markdown(result)) if of_gpu(result) else print_tables(result, Console())
         return 0
     current = options.readme.read_text()
     updated = with_benchmark_block(current, result)
@@ -47,14 +53,58 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def with_benchmark_block(text: str, result: dict[str, Any]) -> str:
-    """``text`` with everything between the benchmark marks replaced by ``markdown(result)``.
+    """``text`` with everything between the marks for such a result replaced by its tables.
 
     Raises ``ValueError`` unless the text has exactly one pair of marks, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} followed by one {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{markdown(result)}\n{END}{rest.split(END)[1]}"
+    begin, end = (GPU_BEGIN, GPU_END) if of_gpu(result) else (BEGIN, END)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected one {begin} followed by one {end}")
+    head, rest = text.split(begin)
+    block = gpu_markdown(result) if of_gpu(result) else markdown(result)
+    return f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+
+
+def of_gpu(result: dict[str, Any]) -> bool:
+    """Whether ``benchmarks/gpu.py`` wrote it, and not ``benchmarks/optimizer_step.py``."""
+    return "optimizer" in result
+
+
+def gpu_markdown(result: dict[str, Any]) -> str:
+    """The machine, the optimizer steps with the share of the bandwidth, and the training steps in plain steps."""
+    optimizer = [row for row in result["optimizer"] if row["ms"] is not None]
+    training = [row for row in result["training"] if row["ms"] is not None and row["method"] != "plain"]
+    parts = [
+        tables.machine_line(result),
+        _gpu_table("optimizer step", optimizer, lambda row: row["share"] and f"{row['share']:.0%} of a copy"),
+        _gpu_table("training step", training, lambda row: row["times_plain"] and f"{row['times_plain']:.2f} plain"),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _gpu_table(title: str, rows: list[dict[str, Any]], note: Callable[[dict[str, Any]], str | None]) -> str:
+    """A line for each case; for each implementation ms of a step, for fastsam's what ``note`` says, else the ratio."""
+    if not rows:
+        return ""
+    names = [name for name in COLUMNS if any(row["implementation"] == name for row in rows)]
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row.get(key) for key in GPU_SHARED), {})[row["implementation"]] = row
+    lines = [[title, *(COLUMNS[name] for name in names)], ["---", *["---:"] * len(names)]]
+    for (model, base, dtype, batch, method), by_name in cases.items():
+        case = [model, METHODS[method], BASE_TITLES[base], dtype, *([f"batch {batch}"] if batch else [])]
+        lines.append([", ".join(case), *(_gpu_cell(by_name.get(name), note) for name in names)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _gpu_cell(row: dict[str, Any] | None, note: Callable[[dict[str, Any]], str | None]) -> str:
+    if row is None:
+        return tables.MISSING
+    if "times_plain" in row or row["implementation"].startswith("fastsam"):
+        said = note(row)
+    else:
+        said = row["times_fastsam"] and f"{row['times_fastsam']:.1f}×"
+    return f"{number(row['ms'])} ms" + (f" ({said})" if said else "")
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -122,7 +172,7 @@ def _cell_table(cell: dict[str, Any]) -> Table:
     implementations, floor = cell["implementations"], cell["floor"]
     caption = [f"{cell['tensors']} tensors, {_millions(cell['parameters'])} parameters; times in ms"]
     if floor:
-        caption.append(f"floor: {cell['bytes_per_parameter']} bytes a parameter at the speed of {floor['source']}")
+        caption.append(f"floor: {cell['bytes_per_parameter']:g} bytes a parameter at the speed of {floor['source']}")
     caption += [f"{name}: {i['note']}" for name, i in implementations.items() if i["ms"] is None]
     compile_times = {name: i["compile_s"] for name, i in implementations.items() if i.get("compile_s")}
     caption += [f"{name}: compiled in {seconds:.0f} s" for name, seconds in compile_times.items()]

@@ -9,16 +9,16 @@ gradients for each pass, interleaving and the bandwidth, is ``python -m benchmar
 
 import pytest
 
-from fastsam.bench import rivals
-from fastsam.bench.gradients import GradientSequence
-from fastsam.bench.parameter_sets import parameter_set
-from fastsam.bench.settings import METHODS
+from fastsam.commands.bench import rivals
+from fastsam.commands.bench.gradients import GradientSequence
+from fastsam.commands.bench.parameter_sets import parameter_set
+from fastsam.commands.bench.settings import DEFAULT_METHODS
 
 NAMES = [name for name in rivals.implementation_names() if name not in ("compiled", "fastsam-triton")]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", DEFAULT_METHODS)
 @pytest.mark.parametrize("set_name", ["resnet18", "tiny2000"])
 def test_step(benchmark, set_name, method, name):
     shapes = parameter_set(set_name)

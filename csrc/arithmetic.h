@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define FASTSAM_INLINE __host__ __device__ __forceinline__
@@ -40,6 +41,28 @@ FASTSAM_INLINE Coefficients coefficients(double norm_d, double dot_dv, double rh
   const double n = norm_d + kNormEpsilon;
   const double sign = (dot_dv > 0) - (dot_dv < 0);
   return {rho * (1.0 / n - alpha * sign * (dot_dv / n) / n), rho * alpha * sign};
+}
+
+// What a second side does with the second gradient g and a stored vector s.
+template <class S>
+struct Mixture {
+  S gradient, stored;                // h, in g's place
+  S direct_gradient, direct_stored;  // subtracted from the new weight
+  S keep_gradient, keep_stored;      // the next s
+  bool direct;                       // -0.0 less nothing must stay -0.0
+};
+
+template <class S, class Group>
+FASTSAM_INLINE Mixture<S> mixture_constants(const Group& h) {
+  return {S(h.gradient),    S(h.stored),        S(h.direct_gradient),
+          S(h.direct_stored), S(h.keep_gradient), S(h.keep_stored),
+          h.direct_gradient != 0 || h.direct_stored != 0};
+}
+
+// a g + b s, and a g where there is no s.
+template <class T, class S>
+FASTSAM_INLINE T combination(T g, T s, bool has_s, S a, S b) {
+  return has_s ? g * a + s * b : g * a;
 }
 
 template <class S>
@@ -97,6 +120,21 @@ FASTSAM_INLINE T adam(T w, T g, T& exp_avg, T& exp_avg_sq, const Adam<S>& h, Sqr
   exp_avg_sq = exp_avg_sq * h.beta2 + g * g * h.one_minus_beta2;
   const T denominator = square_root(exp_avg_sq) / h.sqrt_correction2 + h.eps;
   return h.step_size == S(0) ? w : w - exp_avg / denominator * h.step_size;
+}
+
+// Sixteen random bits for the element of that number. U is uint32_t, or a SIMD vector of it.
+template <class U>
+FASTSAM_INLINE U random_bits(U number, uint32_t first_key, uint32_t second_key) {
+  U x = number ^ first_key;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = ((x ^ (x >> 15)) + second_key) * 0x846ca68bu;
+  return x >> 16;
+}
+
+// The bits of a float32, not a NaN, rounded to those of a bfloat16: away from 0 as often as the bits cut off say.
+template <class U>
+FASTSAM_INLINE U stochastically_rounded(U bits, U random) {
+  return (bits + random) & 0xffff0000u;
 }
 
 }  // namespace fastsam

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from fastsam import SAM, EigenSAM, FriendlySAM
-from fastsam.rank_state import average_momentum
+from fastsam.integrations.rank_state import average_momentum
 
 METHODS = {"sam": SAM, "friendly": FriendlySAM, "eigen": EigenSAM}
 Method = Enum("Method", {name: name for name in METHODS})
@@ -114,7 +114,7 @@ def main(
                 with (folder / "losses.jsonl").open("a") as log:
                     print(json.dumps({"step": run.step, "loss": float(loss)}), file=log)
             if run.step % save_every == 0:
-                if m_sharpness and optimizer.uses_ema:
+                if m_sharpness and optimizer.recipe.averages:
                     average_momentum(optimizer)  # each process has its own, and a checkpoint keeps one
                 dcp.save({"run": run}, checkpoint_id=folder / f"step-{run.step:07d}")
                 for old in complete(folder)[:-2] if rank == 0 else ():

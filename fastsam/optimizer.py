@@ -1,115 +1,104 @@
-"""The two-pass protocol that every method shares.
+"""The optimizer that every method is: a step, in every form in which training loops write one.
 
-    climb     d from the gradients at w;  w <- w + e
-    descend   w restored;  the base optimizer's update with the gradients at w + e
-
-A step is a transaction: it happens as a whole, or (an exception, a NaN, an infinity) weights and state are bit
-for bit what they were before it. The methods in ``fastsam.methods`` add which vectors span e and with which
-coefficients; the base optimizer stays a real ``torch.optim`` optimizer with the same groups and state.
+A :class:`SharpnessAware` optimizer *has* a :class:`~fastsam.engine.step.Step`, ``two_pass``, and is none itself. Whole
+steps from a closure are in ``fastsam/closures.py``; groups, state and checkpoints in ``fastsam/engine/wrapper.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from typing_extensions import Unpack
 
-from fastsam.amp import forget_pass
-from fastsam.checkpoint import checked, in_this_layout
-from fastsam.checks import check_real, flag
-from fastsam.closures import ClosureSteps
-from fastsam.distributed import Ranks
-from fastsam.passes import Accumulated
-from fastsam.spaces import Spaces, takes_part
+from fastsam import closures
+from fastsam.closures import Closure, StepOptions
+from fastsam.engine.wrapper import BaseOptimizer, Params, Wrapper
+from fastsam.loop.amp import Scaling
+from fastsam.support.untraced import leave_untraced
 
-#: Added to every norm before a division, as the authors of SAM do.
-NORM_EPSILON = 1e-12
+__all__ = [
+    "BaseOptimizer",
+    "Closure",
+    "ClosureOptions",
+    "FinishOptions",
+    "MicroBatchOptions",
+    "Params",
+    "SharpnessAware",
+    "StepOptions",
+]
 
 
-class SharpnessAware(ClosureSteps):
-    """Base class of the methods: owns the flat spaces and runs the passes.
+class FinishOptions(StepOptions, total=False):
+    """The options of :meth:`SharpnessAware.finish`."""
 
-    A method subclasses it, names its hyper-parameters in ``defaults``, sets the class attributes below, and
-    overrides :meth:`coefficients` and :meth:`check_group`.
+    model: nn.Module | None
+
+
+class ClosureOptions(FinishOptions, total=False):
+    """The options of :meth:`SharpnessAware.step`."""
+
+    ascent_closure: Closure | None
+    shared_masks: bool
+
+
+class MicroBatchOptions(TypedDict, total=False):
+    """The options of :meth:`SharpnessAware.accumulate`."""
+
+    ascent_closure: Closure | None
+    grad_scaler: GradScaler | None
+    model: nn.Module | None
+    shared_masks: bool
+
+
+class SharpnessAware(Wrapper):
+    """Base class of the methods, which name a recipe and the arguments of their hyper-parameters.
+
+    Args:
+        params: parameters or groups.
+        base_optimizer: an optimizer class, such as ``torch.optim.SGD``.
+        defaults: the method's hyper-parameters.
+        backend: ``"auto"``, or a name from :func:`fastsam.backends`.
+        base_kwargs: arguments of the base optimizer; also ``m_sharpness``, ``process_group``, and those of
+            :class:`~fastsam.engine.precision.Precision`: ``state_dtype``, ``stochastic_rounding``, ``rounding_seed``.
     """
 
-    #: d = g - sigma m with an exponential moving average m of the gradients
-    uses_ema = False
-    #: a second vector v, the top Hessian eigenvector
-    uses_eigenvector = False
-    #: whether an adaptive group's norm is of |w| d (ASAM) or of d
-    weighted_norm = True
-
-    def __init__(self, params, base_optimizer: Callable, defaults: dict, backend: str, base_kwargs: dict) -> None:
-        if isinstance(base_optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"base_optimizer={type(base_optimizer).__name__}(...) is an optimizer already; pass its class and the "
-                "arguments: SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)"
-            )
-        if not callable(base_optimizer):
-            raise TypeError(f"base_optimizer={base_optimizer!r} must be an optimizer class, such as torch.optim.SGD")
-        if _needs_closure(base_optimizer):
-            raise TypeError(
-                f"base_optimizer={base_optimizer.__name__} evaluates a closure in its own step() and cannot make the "
-                "update of one second gradient: take one whose step() needs none, such as torch.optim.SGD"
-            )
-        self._ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
-        self._spaces = Spaces(backend, self._ranks)
-        self._perturbed = False
-        self._state_is_empty = False
-        self._sums: Tensor | None = None
-        self._first_scaler: GradScaler | None = None
-        self._accumulated: Accumulated | None = None
-        # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
-        # method's is called sam_<name> in the groups.
-        taken = _arguments(base_optimizer)
-        self._aliases = {name: f"sam_{name}" for name in defaults if name in taken}
-        defaults = {self._aliases.get(name, name): value for name, value in defaults.items()}
-        super().__init__(params, {**defaults, "perturb": True, **base_kwargs})
-        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
-        self.defaults.update(self.base_optimizer.defaults)
-        self._share_with_base()
-
-    # ---- what a method says of itself ------------------------------------------------------------------
-
-    def coefficients(self, dd: float, dv: float, vv: float, group: dict) -> tuple[float, float]:
-        """(c_d, c_v) of the perturbation e = c_d d + c_v v, from the Gram sums <d,d>, <d,v> and <v,v>."""
-        raise NotImplementedError
-
-    def check_group(self, group: dict) -> None:
-        """Raises ``ValueError`` for a hyper-parameter of ``group`` outside its range."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        leave_untraced(cls)
 
     # ---- the two passes --------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def first_step(self, zero_grad: bool = False, *, grad_scaler: GradScaler | None = None) -> None:
         """Climbs: w <- w + e, from the gradients at w. ``zero_grad`` clears them afterwards.
 
-        With a ``grad_scaler`` the gradients are those of ``grad_scaler.scale(loss)`` (see ``fastsam.amp``).
+        With a ``grad_scaler`` the gradients are those of ``grad_scaler.scale(loss)`` (see ``fastsam.loop.amp``).
 
         Raises ``RuntimeError`` if the weights are perturbed already, ``ValueError`` or ``TypeError`` for
         gradients or hyper-parameters that cannot be used; nothing has changed then.
         """
-        if self._perturbed:
+        if self.two_pass.perturbed:
             raise RuntimeError(
                 "first_step() was called twice in a row: the weights are perturbed already; "
                 "call second_step(), or restore() to abandon the step"
             )
-        if self._accumulated is not None:
+        if self.two_pass.accumulated is not None:
             raise RuntimeError(
                 "first_step() after accumulate(closure): call descend() for the step's update, or zero_grad() before "
                 "the backward pass to abandon it"
             )
-        self._climb(grad_scaler)
+        if not self.two_pass.climbs():
+            raise RuntimeError(
+                f"first_step() where {self.two_pass.method} takes no second gradient: with those at w call "
+                "second_step(); optimizer.evaluations says how many a step takes"
+            )
+        self.two_pass.climb(Scaling(grad_scaler, self))
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
     def second_step(
         self,
         zero_grad: bool = False,
@@ -126,26 +115,43 @@ class SharpnessAware(ClosureSteps):
         After any exception the weights are restored and no state has changed. Raises ``RuntimeError`` without a
         ``first_step`` before it.
         """
-        if not self._perturbed:
+        if not self.two_pass.perturbed and self.two_pass.climbs():
             raise RuntimeError("second_step() without first_step(): compute gradients, call first_step(), then again")
-        self._update(None, dict(grad_scaler=grad_scaler, max_norm=max_norm, clip_value=clip_value))
+        self._update(grad_scaler, max_norm, clip_value)
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
+    def descend(self, zero_grad: bool = False, **options: Unpack[StepOptions]) -> None:
+        """The base optimizer's update at w with the gradients of every :meth:`accumulate` since the last step.
+
+        ``options`` as in :meth:`second_step`; clipping is of the accumulated gradient. If any pass of any micro-batch
+        met a NaN or an infinity, nothing changes. Raises ``RuntimeError`` without an ``accumulate`` before it; the
+        weights and the state have not changed then, nor after any other exception.
+        """
+        if self.two_pass.perturbed:
+            raise RuntimeError("descend() between first_step() and second_step(): call second_step()")
+        if self.two_pass.accumulated is None:
+            raise RuntimeError("descend() without accumulate(closure): after first_step() call second_step()")
+        self._update(**options)
+        if zero_grad:
+            self.zero_grad()
+
+    @property
+    def evaluations(self) -> int:
+        """How many times the next step has its loss evaluated, for loops by hand: 2, or 1.
+
+        1 where ``rho`` is 0 in every group, in LookSAM's steps between, and for MomentumSAM, whose ``first_step()``
+        comes before the only backward pass.
+        """
+        return self.two_pass.evaluations()
+
     def restore(self) -> None:
         """Puts the weights back and abandons the step; does nothing if they are not perturbed.
 
         Wherever they lie by now: a model may have been moved or cast meanwhile. Raises ``RuntimeError``, when all
         others are back, for a parameter that was given another shape.
         """
-        if not self._perturbed:
-            return
-        self._spaces.restore()
-        self._weights_changed()
-        self._spaces.release_gradients()
-        self._perturbed = False
-        forget_pass(self._first_scaler, self)
+        self.two_pass.restore()
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -159,10 +165,117 @@ class SharpnessAware(ClosureSteps):
         finally:
             self.restore()
 
+    def _update(
+        self,
+        grad_scaler: GradScaler | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+    ) -> None:
+        """The second half of a step in any form, around it the hooks that torch runs around a step.
+
+        The base optimizer's hooks and the global ones are run by its own ``step()``, which makes the update where
+        there are any; those before a step see the weights w and the gradients that the update is made with.
+        Lightning's manual optimization counts the steps of its own wrapper, whose class inherits from this one.
+        """
+        begins, ends = getattr(self, "_on_before_step", None), getattr(self, "_on_after_step", None)
+        if begins is not None:
+            begins()
+        hooks = self._run_pre_hooks if self._optimizer_step_pre_hooks else None
+        clipping = dict(max_norm=max_norm, clip_value=clip_value)
+        self.two_pass.update(Scaling(grad_scaler, self), clipping, self.two_pass.accumulated, hooks)
+        self._step_taken()
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (), {})
+        if ends is not None:
+            ends()
+
+    def _run_pre_hooks(self) -> None:
+        for hook in self._optimizer_step_pre_hooks.values():
+            if hook(self, (), {}) is not None:
+                raise TypeError(
+                    "a hook before the step of a fastsam optimizer cannot change its arguments: return None"
+                )
+
+    def _step_taken(self) -> None:
+        """At the end of every step, whether it counted or not."""
+        self._opt_called = self.two_pass.base._opt_called = True  # what schedulers look for
+        if "steps" in self.two_pass.defaults:
+            self.param_groups[0]["steps"] += 1
+
+    # ---- whole steps from a closure ----------------------------------------------------------------------
+
+    def step(
+        self,
+        closure: Closure | None = None,
+        *,
+        ascent_closure: Closure | None = None,
+        model: nn.Module | None = None,
+        shared_masks: bool = True,
+        **options: Unpack[StepOptions],
+    ) -> Any:
+        """One whole step. ``closure`` does a full forward and backward pass and returns the loss.
+
+        It is evaluated :attr:`evaluations` times: at w and at w + e, or once. ``ascent_closure``, the same for a part
+        of the batch, is what the first of two passes evaluates then: with a quarter of it a step costs 1.25 gradients.
+        Gradients are cleared before each pass; those of the last one are left, and the first loss is returned. With
+        ``model`` the second pass leaves its buffers (BatchNorm's statistics) and frozen weights alone and draws the
+        dropout masks of the first, or fresh ones without ``shared_masks`` and after a part of the batch, whose masks
+        and statistics are the part's (see ``fastsam.loop.model_state``). ``options`` are those of :meth:`second_step`.
+
+        Raises ``RuntimeError`` if gradients from elsewhere are present: they would be lost (see :meth:`finish`), and
+        ``TypeError`` for a closure that is missing or returns no scalar loss.
+        """
+        if closure is None and closures.asks_for_blank_state(self.two_pass):
+            return closures.make_blank_state(self.two_pass)
+        return closures.step(
+            self, closure, ascent_closure=ascent_closure, model=model, shared_masks=shared_masks, **options
+        )
+
+    def finish(self, closure: Closure, *, model: nn.Module | None = None, **options: Unpack[StepOptions]) -> Any:
+        """The step of ``loss.backward(); optimizer.finish(closure)``, as davda54's and F-SAM's code write it.
+
+        The gradients at hand are those of the first pass; ``closure`` (a full forward and backward pass) is
+        evaluated once, at w + e. Gradients are cleared on return; the closure's loss is returned. With ``model`` the
+        closure leaves its buffers alone; its masks are fresh, as nobody noted what the first pass drew.
+        """
+        return closures.finish(self, closure, model=model, **options)
+
+    def accumulate(
+        self,
+        closure: Closure,
+        *,
+        ascent_closure: Closure | None = None,
+        grad_scaler: GradScaler | None = None,
+        model: nn.Module | None = None,
+        shared_masks: bool = True,
+    ) -> Any:
+        """One micro-batch of a step with a perturbation for each (m-sharpness); :meth:`descend` ends the step.
+
+        Climbs from the micro-batch's own gradients, evaluates ``closure`` again at w + e (not where ``rho`` is 0, as in
+        :meth:`step`), restores w, and adds these second gradients to ``.grad``. Divide the loss by the number of
+        micro-batches for their mean. The first loss is returned; the other arguments are those of :meth:`step`.
+        F-SAM's average is fed once a micro-batch: that is the batch of this perturbation: d = g - sigma m then
+        subtracts like from like whatever the loss was divided by, and ``lmbda`` counts micro-batches. It becomes state
+        in :meth:`descend`, for which it takes one more weight-sized buffer. Eigen-SAM refreshes an eigenvector that is
+        due before the first micro-batch of a step.
+
+        After any exception weights, state and accumulated gradients are as before the call. ``zero_grad()`` abandons
+        what was accumulated. Raises ``RuntimeError`` for gradients from elsewhere, and as :meth:`first_step` does.
+        Source: Foret et al. 2021, section 4.1.
+        """
+        return closures.accumulate(
+            self,
+            closure,
+            ascent_closure=ascent_closure,
+            grad_scaler=grad_scaler,
+            model=model,
+            shared_masks=shared_masks,
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears every gradient; those of :func:`fastsam.flatten_parameters` are zeroed where they are."""
-        self._accumulated = None
-        self._clear_gradients(set_to_none)
+        self.two_pass.accumulated = None
+        self.two_pass.clear_gradients(set_to_none)
 
     @property
     def found_inf(self) -> Tensor:
@@ -170,12 +283,10 @@ class SharpnessAware(ClosureSteps):
 
         A tensor on the device of the first parameter, so that reading the attribute does not wait for it.
         """
-        if self._sums is None:
-            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
-        return (~self._sums.isfinite().all()).float()
+        return self.two_pass.found_inf()
 
     @found_inf.setter
-    def found_inf(self, _) -> None:  # what GradScaler.step does first
+    def found_inf(self, _: object) -> None:  # what GradScaler.step does first
         raise RuntimeError(
             "grad_scaler.step(optimizer) cannot run two passes: write optimizer.first_step(grad_scaler=scaler), "
             "then optimizer.second_step(grad_scaler=scaler) and scaler.update()"
@@ -184,111 +295,5 @@ class SharpnessAware(ClosureSteps):
     #: Has GradScaler.step call us even where it found an overflow: nobody else would restore the weights.
     _step_supports_amp_scaling = True
 
-    # ---- groups, state and checkpoints -------------------------------------------------------------------
 
-    def add_param_group(self, param_group: dict) -> None:
-        """``torch.optim.Optimizer.add_param_group``; a group may also say ``perturb=False``.
-
-        Such a group is updated, but neither climbed nor backed up. Raises ``ValueError`` or ``TypeError`` for
-        hyper-parameters out of range and for parameters that are not real floating-point tensors.
-        """
-        if self._perturbed or self._accumulated is not None:
-            raise RuntimeError("add_param_group() within a step: call second_step(), or descend(), first")
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self.check_group(self._method_groups()[-1])
-            flag("perturb", group["perturb"])
-            self._ranks.check_parameters(group["params"])
-            for p in group["params"]:
-                if takes_part(p) or not isinstance(p, torch.nn.Parameter):  # a layer may keep frozen integers
-                    check_real(p)
-        except (ValueError, TypeError):
-            self.param_groups.pop()
-            raise
-
-    def state_dict(self) -> dict:
-        """As torch's own: the base optimizer's state and the method's, never the backup.
-
-        Raises ``RuntimeError`` between the passes: a checkpoint written there would hold perturbed weights.
-        """
-        if self._perturbed:
-            raise RuntimeError(
-                "state_dict() between first_step() and second_step(): the weights are perturbed; "
-                "take the checkpoint after second_step(), or call restore() first"
-            )
-        self._forget_marks()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Loads a checkpoint of this method, of the authors' code, or of the base optimizer alone.
-
-        What the checkpoint's groups do not name keeps its present value; their ``old_p`` is left out. After any
-        exception groups and state are as before.
-        """
-        if self._perturbed:
-            raise RuntimeError("load_state_dict() between first_step() and second_step(): finish the step first")
-        before = {"state": self.state, "param_groups": self.param_groups}
-        try:
-            super().load_state_dict(checked(in_this_layout(state_dict, self), self))
-            with self._own_state_hidden():
-                self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        except BaseException:  # the base optimizer looks at a state that is in its place by then
-            self.__dict__.update(before)
-            self.base_optimizer.__dict__.update(before)
-            raise
-        self._accumulated = None
-        self._share_with_base()
-        self._state_is_empty = False
-        if self.uses_ema:
-            self._spaces.forget_never_started(self.state)  # of a checkpoint written before the first step
-
-    def __getstate__(self) -> dict:
-        if self._perturbed:
-            raise RuntimeError("copying an optimizer between first_step() and second_step(): finish the step first")
-        self._forget_marks()
-        own = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper is bound to this one
-        # The base optimizer finds the state here again; of its own, it would take the method's for its own.
-        base = object.__new__(type(self.base_optimizer))
-        base.__dict__.update(self.base_optimizer.__dict__, state=defaultdict(dict))
-        return {
-            **own,
-            "base_optimizer": base,
-            "_spaces": Spaces(self._spaces.backend, self._ranks),
-            "_sums": None,
-            "_first_scaler": None,
-            "_accumulated": None,
-        }
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        if "base_optimizer" in state:  # a copied or unpickled optimizer, not a loaded state dict
-            self.base_optimizer.param_groups = self.param_groups
-            self.base_optimizer.state = self.state
-
-    # ---- underneath --------------------------------------------------------------------------------------
-
-    def _share_with_base(self) -> None:
-        """One list of groups and one state for both, so that either can be scheduled, saved or inspected."""
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-
-    def _method_groups(self) -> list[dict]:
-        """The groups as the method names its hyper-parameters."""
-        if not self._aliases:
-            return self.param_groups
-        return [{**g, **{name: g[alias] for name, alias in self._aliases.items()}} for g in self.param_groups]
-
-
-def _arguments(base_optimizer: Callable) -> set[str]:
-    """Names of the hyper-parameters of a base optimizer, which a subclass may pass on as ``**kwargs``."""
-    if not isinstance(base_optimizer, type):
-        return set(inspect.signature(base_optimizer).parameters)
-    return {name for cls in base_optimizer.__mro__ for name in inspect.signature(cls.__init__).parameters}
-
-
-def _needs_closure(base_optimizer: Callable) -> bool:
-    """Whether it is a class like ``torch.optim.LBFGS``."""
-    step = getattr(base_optimizer, "step", None)
-    closure = None if step is None else inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+leave_untraced(SharpnessAware)

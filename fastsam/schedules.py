@@ -13,16 +13,31 @@ the group had at the start, so that a resumed run meets the same numbers, bit fo
     CosineSchedule        the same along half a cosine
     ProportionalSchedule  value_k = minimum + (initial - minimum) * lr_k / reference lr
 
+A step whose radius is 0 in every group evaluates its closure once, and so a policy of which steps are SAM's is a
+schedule of ``rho``. What a step costs on average, in gradients:
+
+    ConstantSchedule      a tail: factor 0 for the first ``steps`` of n steps        2 - steps / n
+    PeriodicSchedule      value_k = initial for k = 0, every, 2 every, ..., else 0   1 + 1 / every
+    RandomSchedule        value_k = initial with a probability, else 0               1 + probability
+    GradientNormSchedule  value_k = initial where the gradient is large, else 0      1 + the share of such steps
+
+The last one has no closed form: its state is two numbers that its ``state_dict`` holds.
+
 torch's own schedulers change ``lr`` and work on the wrapper or on ``optimizer.base_optimizer``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from fastsam.checks import at_least
+from fastsam.distributed.shards import is_dtensor
+from fastsam.optimizer import SharpnessAware
+from fastsam.support.checks import at_least, in_range
 
 
 class Schedule:
@@ -36,11 +51,11 @@ class Schedule:
     value that it has at the next ``step()``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: str) -> None:
+    def __init__(self, optimizer: SharpnessAware, name: str) -> None:
         self.optimizer = optimizer
         self.name = name
         # Where the base optimizer has a hyper-parameter of the same name, the groups call the method's sam_<name>.
-        self._key = getattr(optimizer, "_aliases", {}).get(name, name)
+        self._key = optimizer.two_pass.aliases.get(name, name)
         if any(self._key not in group for group in optimizer.param_groups):
             raise KeyError(f"the groups of {type(optimizer).__name__} have no {name!r}")
         self.steps_taken = 0
@@ -83,29 +98,35 @@ class Schedule:
 
 
 class ConstantSchedule(Schedule):
-    """``factor * initial`` for the first ``steps`` steps, then ``initial``: SAM that starts late with factor 0."""
+    """``factor * initial`` for the first ``steps`` steps, then ``initial``.
 
-    def __init__(self, optimizer, name: str = "rho", *, factor: float = 0.0, steps: int = 5) -> None:
+    With factor 0 SAM starts late: the first steps evaluate their closure once, and only a tail of the training pays
+    for two gradients.
+    """
+
+    def __init__(self, optimizer: SharpnessAware, name: str = "rho", *, factor: float = 0.0, steps: int = 5) -> None:
         at_least(0, "factor", factor)
         at_least(0, "steps", steps)
         self.factor, self.steps = factor, steps
         super().__init__(optimizer, name)
 
-    def value(self, initial, k, group):
+    def value(self, initial: float, k: int, group: dict) -> float:
         return initial * self.factor if k < self.steps else initial
 
 
 class LinearSchedule(Schedule):
     """From ``start * initial`` to ``end * initial`` in ``steps`` equal steps, and constant from there."""
 
-    def __init__(self, optimizer, name: str = "rho", *, start: float = 1.0, end: float = 0.0, steps: int) -> None:
+    def __init__(
+        self, optimizer: SharpnessAware, name: str = "rho", *, start: float = 1.0, end: float = 0.0, steps: int
+    ) -> None:
         at_least(0, "start", start)
         at_least(0, "end", end)
         at_least(1, "steps", steps)
         self.start, self.end, self.steps = start, end, steps
         super().__init__(optimizer, name)
 
-    def value(self, initial, k, group):
+    def value(self, initial: float, k: int, group: dict) -> float:
         return initial * (self.start + (self.end - self.start) * self.progress(min(k, self.steps) / self.steps))
 
     def progress(self, t: float) -> float:
@@ -116,7 +137,7 @@ class LinearSchedule(Schedule):
 class CosineSchedule(LinearSchedule):
     """From ``start * initial`` to ``end * initial`` along half a cosine in ``steps`` steps, and constant from there."""
 
-    def progress(self, t):
+    def progress(self, t: float) -> float:
         return (1 - math.cos(math.pi * t)) / 2
 
 
@@ -128,7 +149,7 @@ class ProportionalSchedule(Schedule):
     """
 
     def __init__(
-        self, optimizer, name: str = "rho", *, reference_lr: float | None = None, minimum: float = 0.0
+        self, optimizer: SharpnessAware, name: str = "rho", *, reference_lr: float | None = None, minimum: float = 0.0
     ) -> None:
         at_least(0, "minimum", minimum)
         groups = optimizer.param_groups
@@ -138,7 +159,136 @@ class ProportionalSchedule(Schedule):
         self.minimum, self.reference_lr = minimum, given
         super().__init__(optimizer, name)
 
-    def value(self, initial, k, group):
+    def value(self, initial: float, k: int, group: dict) -> float:
         i = next(i for i, g in enumerate(self.optimizer.param_groups) if g is group)
         reference = self.reference_lr[min(i, len(self.reference_lr) - 1)]
         return self.minimum + (initial - self.minimum) * (float(group["lr"]) / reference)
+
+
+class PeriodicSchedule(Schedule):
+    """``initial`` at every ``every``-th step, beginning with the first, and 0 in between."""
+
+    def __init__(self, optimizer: SharpnessAware, name: str = "rho", *, every: int) -> None:
+        at_least(1, "every", every)
+        if every != int(every):
+            raise ValueError(f"every={every!r} must be a whole number of steps")
+        self.every = every
+        super().__init__(optimizer, name)
+
+    def value(self, initial: float, k: int, group: dict) -> float:
+        return initial if k % self.every == 0 else 0.0
+
+
+class RandomSchedule(Schedule):
+    """``initial`` with ``probability`` at each step, and 0 otherwise.
+
+    Whether step k is one of them depends on ``seed`` and k alone: the same on every rank, on every machine, and after
+    a resume. No random generator is touched.
+
+    Source: Zhao et al., "SS-SAM: Stochastic Scheduled Sharpness-Aware Minimization for Efficiently Training Deep
+    Neural Networks", 2022.
+    """
+
+    def __init__(self, optimizer: SharpnessAware, name: str = "rho", *, probability: float, seed: int = 0) -> None:
+        at_least(0, "probability", probability)
+        if probability > 1:
+            raise ValueError(f"probability={probability!r} must be at most 1")
+        self.probability, self.seed = probability, seed
+        super().__init__(optimizer, name)
+
+    def value(self, initial: float, k: int, group: dict) -> float:
+        digest = hashlib.blake2b(f"{self.seed} {k}".encode(), digest_size=8).digest()
+        return initial if int.from_bytes(digest, "little") < self.probability * 2**64 else 0.0
+
+
+class GradientNormSchedule(Schedule):
+    r"""``initial`` where the gradient at w is large for the time being, and 0 elsewhere: AE-SAM's rule.
+
+        schedule = GradientNormSchedule(optimizer, steps=1000)
+        ...
+        optimizer.step(schedule.watch(closure))
+        schedule.step()
+
+    With n_k = ||g_k||^2 of the first pass, mean and variance starting at 0:
+
+        mean_k     = decay mean_(k-1) + (1 - decay) n_k
+        variance_k = decay variance_(k-1) + (1 - decay) (n_k - mean_k)^2
+        c_k        = start + (end - start) min(k / steps, 1)
+        value_k    = initial if n_k >= mean_k + c_k sqrt(variance_k), else 0
+
+    The decision falls between a step's two passes, from the gradient that the step needs anyway: it costs one read of
+    the gradients and one number that the host waits for, and no evaluation. A step makes one evaluation or two, as it
+    falls out. The gradients are those of the perturbed groups. Where they are not finite nothing is learnt, and the
+    step is left to the optimizer. A manual loop calls ``decide`` before ``first_step()``, and leaves out the second
+    pass where the answer is False. Not for ``accumulate``, whose micro-batches each have a first pass, nor for
+    gradients under a ``GradScaler``, whose scale would enter the mean.
+
+    Source: Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAware,
+        name: str = "rho",
+        *,
+        steps: int,
+        start: float = 1.0,
+        end: float = -1.0,
+        decay: float = 0.9,
+    ) -> None:
+        at_least(1, "steps", steps)
+        in_range(0, 1, "decay", decay)
+        for key, value in (("start", start), ("end", end)):
+            if not math.isfinite(value):
+                raise ValueError(f"{key}={value!r} must be a finite number")
+        self.steps, self.start, self.end, self.decay = steps, start, end, decay
+        self.mean = self.variance = 0.0
+        self.climbs = True
+        self._met: tuple[float, float] | None = None
+        super().__init__(optimizer, name)
+
+    def value(self, initial: float, k: int, group: dict) -> float:
+        return initial if self.climbs else 0.0
+
+    def watch(self, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The closure, after whose first evaluation in a step the radius of this step is decided."""
+
+        def watched() -> Tensor:
+            loss = closure()
+            if not self.optimizer._perturbed:
+                self.decide(self._squared_norm())
+            return loss
+
+        return watched
+
+    def decide(self, squared_norm: float | Tensor) -> bool:
+        """Whether this step is SAM's, given ||g||^2 at w; sets the groups' values. A second call replaces the first."""
+        n = float(squared_norm)
+        self.climbs, self._met = True, (self.mean, self.variance)
+        if math.isfinite(n):
+            mean = self.decay * self.mean + (1 - self.decay) * n
+            variance = self.decay * self.variance + (1 - self.decay) * (n - mean) ** 2
+            c = self.start + (self.end - self.start) * min(self.steps_taken / self.steps, 1.0)
+            self.climbs, self._met = n >= mean + c * math.sqrt(variance), (mean, variance)
+        self._apply()
+        return self.climbs
+
+    def step(self) -> None:
+        """After each step of the optimizer. Raises ``RuntimeError`` if nothing was decided in it."""
+        if self._met is None:
+            raise RuntimeError(
+                "GradientNormSchedule.step() met no gradient in this step: write "
+                "optimizer.step(schedule.watch(closure)), or call schedule.decide(squared_norm) between the passes"
+            )
+        (self.mean, self.variance), self._met, self.climbs = self._met, None, True
+        super().step()
+
+    @torch.no_grad()
+    def _squared_norm(self) -> Tensor:
+        squares: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            for p in (p for p in group["params"] if group["perturb"] and p.grad is not None):
+                dtype = torch.float64 if p.grad.dtype == torch.float64 else torch.float32
+                square = torch.linalg.vector_norm(p.grad, dtype=dtype).square()
+                squares.append(square.full_tensor() if is_dtensor(square) else square)
+        return sum((square.to(squares[0].device) for square in squares), torch.zeros(()))

@@ -143,6 +143,6 @@ class HostGpu:
     def _memory(self):
         yield from (p.detach() for group in self._optimizer.param_groups for p in group["params"])
         yield from self._model.buffers()
-        for space in self._optimizer._spaces:
+        for space in self._optimizer.two_pass.spaces:
             yield from (buffer.flat for buffer in space._buffers.values())
             yield from (space.table.counter, space.table.partials, *space.table.sums)

@@ -5,9 +5,14 @@
     python -m benchmarks.papers f_sam --rows 'cifar100/resnet18/*' --seeds 3 --data-dir /data
     python -m benchmarks.papers f_sam --data digits                     # all of it, small, on two cores
     python -m benchmarks.papers digits --record                         # the table in docs/papers.md
+    python -m benchmarks.papers elpv                                    # chooses its numbers, then docs/evidence.md
+    python -m benchmarks.papers elpv --report                           # runs nothing: what the finished runs say
 
 Every row and seed has a folder of its own under --output. The same command again goes on where a run was killed, and
 does not repeat what is finished. Runs are spread over the GPUs, one process each, or over --workers processes.
+
+A table with a search, such as elpv, keeps its finished runs as lines of one file, benchmarks/results/TABLE.jsonl, which
+any checkout goes on from.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table as ScreenTable
 
 from benchmarks.papers import jobs, results, tables
-from fastsam.training.data import open_dataset
+from fastsam.commands.training.data import open_dataset
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +53,10 @@ def _table(options: argparse.Namespace, console: Console) -> int:
         for row in rows:
             console.print(row.name, markup=False, highlight=False)
         return 0
+    if table.search is not None:
+        return _searched(table, rows, options, console)
+    if options.report:
+        raise ValueError(f"--report is for tables with a search; {table.name} has its report in its --output")
     count = table.seeds if options.seeds is None else options.seeds
     if count < 1:
         raise ValueError(f"seeds={count} must be at least 1")
@@ -78,6 +87,26 @@ def _table(options: argparse.Namespace, console: Console) -> int:
     return 1 if failed else 0
 
 
+def _searched(table: tables.Table, rows: list[tables.Row], options: argparse.Namespace, console: Console) -> int:
+    """A table whose numbers are chosen first."""
+    from benchmarks.papers import tuned_command
+
+    committed = options.output is None
+    if committed and (options.set or options.data is not None or options.table.endswith(".toml")):
+        raise ValueError(f"benchmarks/results holds the runs of {table.name} as it is: name an --output for others")
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"seeds={options.seeds} must be at least 1")
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return tuned_command.run(
+        table, rows, options.output or results.ROOT / "benchmarks" / "results",
+        seeds=options.seeds, workers=jobs.processes(options.workers, 1_000), data_dir=options.data_dir,
+        only_report=options.report, document=committed, say=say,
+    )  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.papers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, help="processes (default: one a GPU, else one a processor)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings for every row")
     parser.add_argument("--save-seconds", type=float, default=60.0, help="from one checkpoint to the next (60)")
+    parser.add_argument("--report", action="store_true", help="run nothing: write what the finished runs say")
     parser.add_argument("--record", action="store_true", help="also write benchmarks/results and docs/papers.md")
     return parser
 

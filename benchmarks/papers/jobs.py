@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.papers import runners
 from benchmarks.papers.tables import Row
+from fastsam.commands.machine import processors
 
 Job = tuple[Row, int]
 
@@ -48,7 +48,7 @@ def processes(wanted: int | None, jobs: int) -> int:
     """How many: as wanted, or one a GPU, or one a processor; not more than there are jobs."""
     if wanted is not None and wanted < 1:
         raise ValueError(f"workers={wanted} must be at least 1")
-    return min(wanted or torch.cuda.device_count() or _processors(), jobs)
+    return min(wanted or torch.cuda.device_count() or processors(), jobs)
 
 
 def folder_of(row: Row, seed: int, output: Path) -> Path:
@@ -69,7 +69,7 @@ def _outcomes(jobs, output, data_dir, workers, save_seconds) -> Iterator[tuple[J
     devices = context.SimpleQueue()
     for i in range(workers):
         devices.put(f"cuda:{i % gpus}" if gpus else "cpu")
-    threads = max(1, _processors() // workers)
+    threads = max(1, processors() // workers)
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(devices, threads)) as pool:
         pending: dict[Future, Job] = {
             pool.submit(_run_in_worker, job, output, data_dir, save_seconds): job for job in jobs
@@ -104,7 +104,3 @@ def _explained(error: Exception) -> str:
     if isinstance(error, (ValueError, OSError, ImportError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks.papers.tables import TrainSettings
+from benchmarks.papers.settings import TrainSettings
+from fastsam.commands.training.loop import Training
 from fastsam.curvature import CurvatureMonitor
 
 
@@ -20,21 +19,21 @@ class Curvature:
     was interrupted.
     """
 
-    def __init__(
-        self, settings: TrainSettings, optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path
-    ) -> None:
-        self._settings, self._optimizer, self._model = settings, optimizer, model
+    def __init__(self, settings: TrainSettings, training: Training, folder: Path) -> None:
+        self._settings, self._training = settings, training
         self.path = folder / "curvature.csv"
 
-    def if_due(self, step: int, images: Tensor, labels: Tensor) -> None:
+    def if_due(self, step: int) -> None:
         if step % self._settings.measure_every == 0:
-            self.measure(step, images, labels)
+            self.measure(step)
 
-    def measure(self, step: int, images: Tensor, labels: Tensor) -> None:
+    def measure(self, step: int) -> None:
+        model = self._training.model
+        images, labels = self._training.batches.sample(self._settings.measure_size)
         monitor = CurvatureMonitor(
-            self._optimizer, self.path, 1, model=self._model, eval_mode=True, rho=self._settings.rho, append=True
+            self._training.optimizer, self.path, 1, model=model, eval_mode=True, rho=self._settings.rho, append=True
         )
-        monitor(lambda: F.cross_entropy(self._model(images), labels), step)
+        monitor(lambda: F.cross_entropy(model(images), labels), step)
 
     def forget_from(self, step: int) -> None:
         """Drops the rows of ``step`` and later ones, which a run that goes on there measures again."""
@@ -46,10 +45,10 @@ class Curvature:
                 writer.writeheader()
                 writer.writerows(rows)
 
-    def summary(self, step: int, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def summary(self, step: int) -> dict[str, float]:
         """The last measurement, at the end, and the alignment's mean over the second half of training."""
         self.forget_from(step)  # a run that was killed while it finished
-        self.measure(step, images, labels)
+        self.measure(step)
         rows = self.rows()
         half = [float(row["perturbation_alignment"]) for row in rows[len(rows) // 2 :]]
         return {"top_eigenvalue": float(rows[-1]["top_eigenvalue"]), "alignment": sum(half) / len(half)}

@@ -1,16 +1,29 @@
-"""Every method of the tables: which optimizer it is, and what one step of it does."""
+"""Every method of the tables: which optimizer it is, and what it does besides the training loop's own steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.papers.tables import TrainSettings
+from benchmarks.papers.settings import TrainSettings
 from benchmarks.papers.variants import GradientComponent, ReverseSAM
-from fastsam import SAM, EigenSAM, FriendlySAM
-from fastsam.model_state import TwoPasses
+from fastsam import (
+    GSAM,
+    SAM,
+    WSAM,
+    EigenSAM,
+    FriendlyEigenSAM,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    StableSAM,
+    VaSSO,
+)
+from fastsam.commands.training.loop import Training
+from fastsam.methods.eigen import Estimate
 
 #: Each method's class, the settings it takes, and fixed arguments. SGD and EGR have the base optimizer alone.
 METHODS: dict[str, tuple[type | None, tuple[str, ...], dict]] = {
@@ -19,7 +32,18 @@ METHODS: dict[str, tuple[type | None, tuple[str, ...], dict]] = {
     "SAM": (SAM, ("rho",), {}),
     "ASAM": (SAM, ("rho",), {"adaptive": True}),
     "F-SAM": (FriendlySAM, ("rho", "sigma", "lmbda"), {}),
-    "Eigen-SAM": (EigenSAM, ("rho", "alpha", "freq"), {}),
+    "Eigen-SAM": (EigenSAM, ("rho", "alpha", "freq"), {"estimate": Estimate(eval_mode=True)}),  # as the authors do
+    "F-Eigen-SAM": (
+        FriendlyEigenSAM,
+        ("rho", "sigma", "lmbda", "alpha", "freq"),
+        {"estimate": Estimate(eval_mode=True)},
+    ),
+    "Momentum-SAM": (MomentumSAM, ("rho",), {}),
+    "GSAM": (GSAM, ("rho", "alpha"), {}),
+    "WSAM": (WSAM, ("rho", "gamma"), {}),
+    "LookSAM": (LookSAM, ("rho", "k", "alpha"), {}),
+    "Stable SAM": (StableSAM, ("rho",), {}),
+    "VaSSO": (VaSSO, ("rho", "theta"), {}),
     "Reverse-SAM": (ReverseSAM, ("rho",), {}),
     "EGR": (None, (), {}),
     "full gradient only": (GradientComponent, ("rho", "lmbda"), {"component": "full"}),
@@ -40,50 +64,30 @@ def build(settings: TrainSettings, params: Iterable[nn.Parameter]) -> torch.opti
     return method(params, base, **{name: getattr(settings, name) for name in own}, **fixed, **options)
 
 
-def step(
-    settings: TrainSettings,
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    loss_fn: Callable[[], Tensor],
-    place: int,
-    full_gradient: Callable[[], list[Tensor]],
-) -> Tensor:
-    """One step on one batch; returns the loss at the unperturbed weights.
+def before_step(settings: TrainSettings, training: Training, place: int) -> None:
+    """What a row has done before the step of this place in its epoch."""
+    optimizer = training.optimizer
+    if settings.full_gradient == "exact" and isinstance(optimizer, GradientComponent):
+        optimizer.eigenvector = full_gradient(training)
+    if settings.count_in_epoch and place == 0 and isinstance(optimizer, EigenSAM):
+        optimizer.param_groups[0]["steps"] = 0  # what freq counts
 
-    ``loss_fn`` does a forward pass of the batch and returns the loss. ``place`` is the number of the step in its epoch.
-    ``full_gradient`` computes that of the whole training set. BatchNorm's statistics are those of the first pass, and
-    dropout draws fresh masks in the second, as in the authors' code.
-    """
+
+def full_gradient(training: Training) -> list[Tensor]:
+    """The gradient of the mean loss over the training set, in eval mode and without augmentation."""
+    params = [p for p in training.model.parameters() if p.requires_grad]
+    training.model.eval()
+    total = [torch.zeros_like(p) for p in params]
+    for images, labels in training.batches.whole():
+        loss = F.cross_entropy(training.model(images), labels, reduction="sum") / len(training.batches)
+        torch._foreach_add_(total, torch.autograd.grad(loss, params))
+    training.model.train()
+    return total
+
+
+def backward(settings: TrainSettings, loss: Tensor, model: nn.Module) -> None:
+    """The backward pass of a row; EGR's is of L + rho ||grad L||, whose gradient is SAM's to first order in rho."""
     if settings.method == "EGR":
-        return _gradient_norm_regularised(settings, optimizer, loss_fn)
-    if METHODS[settings.method][0] is None:
-        loss = loss_fn()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-    if isinstance(optimizer, GradientComponent):
-        if settings.full_gradient == "exact":
-            optimizer.eigenvector = full_gradient()
-    elif isinstance(optimizer, EigenSAM) and optimizer.eigenvector_due(place if settings.count_in_epoch else None):
-        optimizer.update_eigenvector(loss_fn, model)
-    passes = TwoPasses(model, shared_masks=False)
-    loss = loss_fn()
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+        loss = loss + settings.rho * torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     loss.backward()
-    optimizer.first_step(zero_grad=True)
-    with passes.second():
-        loss_fn().backward()
-    optimizer.second_step(zero_grad=True)
-    return loss
-
-
-def _gradient_norm_regularised(settings: TrainSettings, optimizer, loss_fn) -> Tensor:
-    """EGR: descends L + rho ||grad L||, whose gradient is g + rho H g / ||g||: SAM's to first order in rho."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = loss_fn()
-    gradients = torch.autograd.grad(loss, params, create_graph=True)
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    (loss + settings.rho * norm).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss

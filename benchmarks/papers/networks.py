@@ -6,22 +6,48 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from benchmarks.papers.tables import TrainSettings
-from fastsam import models
-from fastsam.demo.models import ResNet, VisionTransformer
+from benchmarks.papers.settings import TrainSettings
+from fastsam.commands.training import networks, pretrained
 
-#: (classes, channels, side, options) -> network. The demo's two are for the ten digits alone.
+
+class Pretrained(nn.Module):
+    """A checkpoint that Transformers' ``AutoModelForImageClassification`` opens, with a new head; gives logits.
+
+    Grey images are repeated over the three channels it expects. A checkpoint that is a pickle is refused.
+    """
+
+    def __init__(self, classes: int, checkpoint: str, channels: int) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoModelForImageClassification
+        except ImportError:
+            raise ImportError("a pre-trained network needs transformers: pip install 'fastsam-optim[train]'") from None
+        try:
+            self.model = AutoModelForImageClassification.from_pretrained(
+                checkpoint, num_labels=classes, ignore_mismatched_sizes=True, use_safetensors=True
+            )
+        except OSError as error:
+            raise ValueError(f"checkpoint={checkpoint!r} cannot be opened: {str(error).splitlines()[0]}") from None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(pixel_values=images.expand(-1, 3, -1, -1)).logits
+
+
+def efficientnet_lite0(classes: int, channels: int = 3, **options) -> nn.Module:
+    """That of :mod:`fastsam.commands.training.pretrained`, which has three channels whatever images have."""
+    del channels
+    return pretrained.efficientnet_lite0(classes, **options)
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": lambda c, channels, side, o: models.resnet18(c, channels=channels, **o),
-    "resnet50": lambda c, channels, side, o: models.resnet50(c, channels=channels, **o),
-    "wrn28_10": lambda c, channels, side, o: models.wrn28_10(c, channels=channels, **o),
-    "vgg16_bn": lambda c, channels, side, o: models.vgg16_bn(c, channels=channels, **o),
-    "pyramidnet": lambda c, channels, side, o: models.pyramidnet(c, channels=channels, **o),
-    "vit": lambda c, channels, side, o: models.vit(c, channels=channels, image=side, **o),
-    "pretrained": lambda c, channels, side, o: Pretrained(c, **o),
-    "small ViT": lambda c, channels, side, o: VisionTransformer(**o),
-    "small ResNet": lambda c, channels, side, o: ResNet(**o),
+    **{name: getattr(networks, name) for name in ("resnet18", "resnet50", "wrn28_10", "vgg16_bn", "pyramidnet", "vit")},
+    "pretrained": Pretrained,
+    "small ViT": networks.small_vit,
+    "small ResNet": networks.small_resnet,
+    "EfficientNet-Lite0": efficientnet_lite0,
 }
+#: Mean and standard deviation of the images that weights were made for; other networks take the training set's own.
+INPUTS = {"EfficientNet-Lite0": (pretrained.MEAN, pretrained.STD)}
 
 
 def build(settings: TrainSettings, classes: int, channels: int, side: int) -> nn.Module:
@@ -32,34 +58,9 @@ def build(settings: TrainSettings, classes: int, channels: int, side: int) -> nn
     options = dict(settings.network_options)
     if settings.checkpoint:
         options["checkpoint"] = settings.checkpoint
-    if settings.network.startswith("small") and (classes, channels, side) != (10, 1, 8):
-        raise ValueError(
-            f"{settings.network} is for digits: 10 classes and images of 1 x 8 x 8, not {channels} x {side}"
-        )
+    if settings.network in ("vit", "small ViT"):
+        options["image"] = side
     try:
-        return NETWORKS[settings.network](classes, channels, side, options)
+        return NETWORKS[settings.network](classes, channels=channels, **options)
     except TypeError as error:  # an argument that the network does not have
         raise ValueError(f"network_options of {settings.network}: {error}") from None
-
-
-class Pretrained(nn.Module):
-    """A checkpoint that Transformers' ``AutoModelForImageClassification`` opens, with a new head; gives logits.
-
-    Grey images are repeated over the three channels it expects. A checkpoint that is a pickle is refused.
-    """
-
-    def __init__(self, classes: int, checkpoint: str) -> None:
-        super().__init__()
-        try:
-            from transformers import AutoModelForImageClassification
-        except ImportError:
-            raise ImportError("a pre-trained network needs transformers: pip install 'fastsam[train]'") from None
-        try:
-            self.model = AutoModelForImageClassification.from_pretrained(
-                checkpoint, num_labels=classes, ignore_mismatched_sizes=True, use_safetensors=True
-            )
-        except OSError as error:
-            raise ValueError(f"checkpoint={checkpoint!r} cannot be opened: {str(error).splitlines()[0]}") from None
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(pixel_values=images.expand(-1, 3, -1, -1)).logits

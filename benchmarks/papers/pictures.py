@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 
 from benchmarks.papers import jobs
-from benchmarks.papers.results import split_name
 from benchmarks.papers.sde_runs import PANELS
-from benchmarks.papers.tables import Row
+from benchmarks.papers.tables import Row, split_name
 from fastsam.curvature import draw_panels
 
 # Okabe and Ito's colours, told apart with any colour vision; the dashes tell them apart in grey.

@@ -9,9 +9,11 @@ import shutil
 import statistics
 from pathlib import Path
 
-from benchmarks.papers.tables import Row, Table
-from fastsam.bench.machine import machine
-from fastsam.training.run import write_json
+from benchmarks.papers import pictures
+from benchmarks.papers.tables import Row, Table, split_name
+from fastsam.commands.machine import machine
+from fastsam.commands.page import write_page
+from fastsam.commands.training.run import write_json
 
 ROOT = Path(__file__).parents[2]
 METRICS = {"test_accuracy": 1, "top_eigenvalue": 1, "alignment": 3}  # digits after the point
@@ -51,17 +53,14 @@ def collect(table: Table, rows: list[Row], finished: dict[tuple[str, int], dict]
 
 
 def write(record: dict, output: Path, kind: str) -> None:
-    """``results.json``, ``results.md`` and, where there is something to draw, pictures, in ``output``."""
+    """``results.json``, ``results.md``, pictures where there is something to draw, and all in ``report.html``."""
     write_json(output / "results.json", record)
     (output / "results.md").write_text(markdown(record) + "\n")
     if kind == "sde":
-        from benchmarks.papers.pictures import draw_paths
-
-        draw_paths(record, output)
+        pictures.draw_paths(record, output)
     elif any("top_eigenvalue" in entry for entry in record["rows"]):
-        from benchmarks.papers.pictures import draw_curvature
-
-        draw_curvature(record, output)
+        pictures.draw_curvature(record, output)
+    write_page(output / "report.html", record["title"], markdown(record), sorted(output.glob("*.png")))
 
 
 def commit(record: dict, name: str, output: Path) -> None:
@@ -104,12 +103,6 @@ def _pivot(rows: list[dict], metric: str) -> str:
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
     lines += [f"| {line} | {' | '.join(found.get(c, '–') for c in columns)} |" for line, found in cells.items()]
     return "\n".join(lines)
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """The line and the column of a row in the table: ``"cifar10/resnet18/SAM"`` is the column SAM."""
-    line, _, column = name.rpartition("/")
-    return line or "all", column
 
 
 def _cell(entry: dict, metric: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.papers import sde_runs, train
 from benchmarks.papers.methods import BASES, METHODS
 from benchmarks.papers.networks import NETWORKS
 from benchmarks.papers.sde import PROBLEMS, PROCESSES
-from benchmarks.papers.tables import SdeSettings, TrainSettings, nearest
+from benchmarks.papers.settings import SdeSettings, TrainSettings, nearest
 
 
 def check(settings: TrainSettings | SdeSettings) -> None:
@@ -20,7 +21,13 @@ def check(settings: TrainSettings | SdeSettings) -> None:
             "method": METHODS, "network": NETWORKS, "base": BASES,
             "schedule": ("step", "epoch"), "full_gradient": ("average", "exact"),
         }  # fmt: skip
-        at_least_one = ("epochs", "batch_size", "freq")
+        at_least_one = ("epochs", "batch_size", "freq", "k")
+        if not 0 < settings.ascent_share <= 1:
+            raise ValueError(f"ascent_share={settings.ascent_share} must be above 0, and 1 at most")
+        if settings.ascent_share < 1 and settings.method in ("EGR", "Momentum-SAM", *BASES):
+            raise ValueError(
+                f"ascent_share={settings.ascent_share}: {settings.method} has one pass, of the whole batch"
+            )
         if settings.network == "pretrained" and not settings.checkpoint:
             raise ValueError("network='pretrained' needs a checkpoint, a name on the hub or a folder")
         if settings.method in BASES and settings.method != settings.base:
@@ -43,10 +50,5 @@ def run(
     save_seconds: float,
 ) -> dict:
     """Runs one row with one seed in its folder, or goes on with it; returns what ``result.json`` holds."""
-    if isinstance(settings, SdeSettings):
-        from benchmarks.papers.sde_runs import run as run_path
-
-        return run_path(settings, seed, folder, device, data_dir, save_seconds)
-    from benchmarks.papers.train import run as run_training
-
-    return run_training(settings, seed, folder, device, data_dir, save_seconds)
+    runner = sde_runs if isinstance(settings, SdeSettings) else train
+    return runner.run(settings, seed, folder, device, data_dir, save_seconds)

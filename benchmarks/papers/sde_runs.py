@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.papers.sde import PROBLEMS, PROCESSES, discrete, euler_maruyama
-from benchmarks.papers.tables import SdeSettings
+from benchmarks.papers.settings import SdeSettings
+from fastsam.commands.training.data import in_memory, open_dataset
+from fastsam.commands.training.run import RunFolder
 from fastsam.curvature import top_eigenpairs
-from fastsam.training.data import in_memory, open_dataset
-from fastsam.training.run import RunFolder
 
 #: What the six panels show, and the columns of metrics.csv.
 PANELS = {

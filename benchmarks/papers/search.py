@@ -22,8 +22,9 @@ from rich.console import Console
 from benchmarks.papers import jobs, tables
 from benchmarks.papers.methods import METHODS
 from benchmarks.papers.results import ROOT
-from fastsam.bench.machine import machine
-from fastsam.training.run import write_json
+from benchmarks.papers.settings import TrainSettings
+from fastsam.commands.machine import machine
+from fastsam.commands.training.run import write_json
 
 DRAWS, VALIDATION = 8, 250
 RHO = {"ASAM": (0.5, 4.0)}  # relative to the weights; the others' is SAM_RHO
@@ -73,7 +74,7 @@ def main() -> int:
     return 0
 
 
-def draw(i: int, settings: tables.TrainSettings) -> dict[str, float]:
+def draw(i: int, settings: TrainSettings) -> dict[str, float]:
     """The i-th settings for a row's network and method, log-uniform or one of CHOICES, to two significant digits."""
     numbers = random.Random(i)
     method, own = settings.method, METHODS[settings.method][1]

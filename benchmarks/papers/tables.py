@@ -10,6 +10,10 @@
                       set = { lr = 0.01 }
     [[digits]]        where = {...}  set = {...}                # the same, with ``--data digits`` only
     [[reported]]      row = "..." value = 78.07 runs = 1 source = "..."
+    [search]          seeds = 1  validation = 394               # numbers are chosen first, see tuned.py
+    [[search.rules]]  where = {...}  first = [{ rho = 0.5 }]  second = [{ alpha = 0.4 }]
+
+A row of its own may have ``numbers_of = "another row"``, whose numbers it takes in place of a search, and ``seeds``.
 
 A key that no setting has, a value of the wrong type, an unknown method or network is a ``TableError`` with the nearest
 names.
@@ -18,11 +22,10 @@ names.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,68 +34,17 @@ try:
 except ImportError:  # Python 3.10
     import tomli as tomllib
 
+from benchmarks.papers import runners
+from benchmarks.papers.settings import SdeSettings, TrainSettings, nearest
+
 FOLDER = Path(__file__).parent / "tables"
-KEYS = ("title", "source", "note", "kind", "seeds", "defaults", "grid", "rows", "override", "digits", "reported")
+KEYS = (
+    "title", "source", "note", "kind", "seeds", "defaults", "grid", "rows", "override", "digits", "reported", "search",
+)  # fmt: skip
 
 
 class TableError(ValueError):
     """A table, row, method or setting that does not exist or does not fit."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """One training run. Zeros mean: not used, or all there are."""
-
-    data: str
-    network: str
-    method: str
-    epochs: int
-    batch_size: int
-    lr: float
-    base: str = "SGD"
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 0.0
-    warmup: float = 0.0  # share of all steps
-    schedule: str = "step"  # what the cosine decays after: every "step" or every "epoch"
-    drop_last: bool = False
-    rho: float = 0.05
-    sigma: float = 1.0
-    lmbda: float = 0.9
-    alpha: float = 0.2
-    freq: int = 100
-    count_in_epoch: bool = False  # freq counts from the start of each epoch, as Eigen-SAM's authors do
-    full_gradient: str = "average"  # of the ablation: a moving average, or "exact"
-    flip: bool = False
-    crop: int = 0  # pixels of padding
-    cutout: int = 0  # pixels of the square's side
-    label_noise: float = 0.0
-    mean: list = field(default_factory=list)  # of each channel in [0, 1]; none: the training set's own
-    std: list = field(default_factory=list)
-    image_size: int = 0  # images are scaled to it when they are read
-    scale_to: int = 0  # and to this in the batch
-    train_size: int = 0
-    validation: int = 0  # test on so many images taken from the training set instead
-    checkpoint: str = ""  # of a pre-trained network
-    network_options: dict = field(default_factory=dict)
-    measure_every: int = 0  # steps between two measurements of curvature
-    measure_size: int = 256  # images of one
-
-
-@dataclass(frozen=True)
-class SdeSettings:
-    """One path of a discrete method, or of the stochastic differential equation that stands for it."""
-
-    data: str
-    problem: str  # "network" or "quadratic"
-    process: str
-    steps: int
-    lr: float
-    rho: float
-    batches: int  # the training set is cut into so many
-    substeps: int = 1  # Euler-Maruyama steps for a time of lr
-    hidden: int = 16
-    train_size: int = 0
-    measure_every: int = 50
 
 
 KINDS = {"train": TrainSettings, "sde": SdeSettings}
@@ -100,11 +52,26 @@ KINDS = {"train": TrainSettings, "sde": SdeSettings}
 
 @dataclass(frozen=True)
 class Row:
-    """A name, its settings, and what the paper or its authors' logs report for it."""
+    """A name, its settings, and what the paper or its authors' logs report for it.
+
+    In a table with a search: ``numbers_of`` is the row whose numbers this one has, and ``seeds`` how many there are, if
+    not the table's.
+    """
 
     name: str
     settings: TrainSettings | SdeSettings
     reported: dict[str, Any] | None = None
+    numbers_of: str | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a table's numbers are chosen: on ``validation`` images of the training set, with so many seeds each."""
+
+    seeds: int
+    validation: int
+    rules: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -116,6 +83,7 @@ class Table:
     kind: str
     seeds: int
     rows: list[Row]
+    search: Search | None = None
 
 
 def names() -> list[str]:
@@ -148,7 +116,7 @@ def read(name: str, data: str | None = None, changes: dict[str, Any] | None = No
     rows: dict[str, Row] = {}
     for given in raw:
         values = {**content.get("defaults", {}), **given}
-        row_name = values.pop("name")
+        row_name, numbers_of, row_seeds = values.pop("name"), values.pop("numbers_of", None), values.pop("seeds", None)
         _apply(content.get("override", []), values)
         report = reported.get(row_name)
         if data is not None and data != values.get("data"):
@@ -158,11 +126,18 @@ def read(name: str, data: str | None = None, changes: dict[str, Any] | None = No
         if data == "digits":
             _apply(content.get("digits", []), values)
         settings = _settings(KINDS[kind], {**values, **(changes or {})}, f"{path.name}, row {row_name}")
-        rows.setdefault(json.dumps(dataclasses.asdict(settings)), Row(row_name, settings, report))
+        row = Row(row_name, settings, report, numbers_of, row_seeds)
+        rows.setdefault(json.dumps([dataclasses.asdict(settings), numbers_of and row_name]), row)
     words = {key: content.get(key, "") for key in ("title", "source", "note")}
     if data is not None and any(data != row.get("data", content.get("defaults", {}).get("data")) for row in raw):
         words["note"] = f"Run on {data} instead of the papers' data. {words['note']}".strip()
-    return Table(path.stem, kind=kind, seeds=content.get("seeds", 3), rows=list(rows.values()), **words)
+    found = list(rows.values())
+    for row in found:
+        if row.numbers_of is not None and row.numbers_of not in [other.name for other in found]:
+            near = nearest(row.numbers_of, [other.name for other in found])
+            raise TableError(f"{path}: row {row.name} has the numbers of {row.numbers_of!r}{near}")
+    search = _search(content["search"], str(path)) if "search" in content else None
+    return Table(path.stem, kind=kind, seeds=content.get("seeds", 3), rows=found, search=search, **words)
 
 
 def chosen(rows: list[Row], patterns: list[str] | None) -> list[Row]:
@@ -178,6 +153,12 @@ def chosen(rows: list[Row], patterns: list[str] | None) -> list[Row]:
     return found
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The line and the column of a row in the table: ``"cifar10/resnet18/SAM"`` is the column SAM."""
+    line, _, column = name.rpartition("/")
+    return line or "all", column
+
+
 def parse_change(text: str) -> tuple[str, Any]:
     """``"lr=0.1"`` as a name and a value of that setting's type."""
     name, equals, value = text.partition("=")
@@ -187,14 +168,6 @@ def parse_change(text: str) -> tuple[str, Any]:
         return name, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name, value  # a string without quotes
-
-
-def nearest(name: str, among) -> str:
-    """``; did you mean ...?`` if something is near, and what there is."""
-    among = list(among)
-    near = difflib.get_close_matches(str(name), among, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"{hint} (there are: {', '.join(among)})" if len(among) <= 30 or not near else hint
 
 
 def _grid(content: dict) -> list[dict]:
@@ -207,12 +180,26 @@ def _word(axis: str, value: Any) -> str:
     return f"{axis}={value}" if isinstance(value, (int, float)) else str(value)
 
 
+def _search(content: dict, where: str) -> Search:
+    for rule in content.get("rules", []):
+        _known(rule, ("where", "first", "second"), f"{where}, a rule of the search")
+    try:
+        return Search(**content)
+    except TypeError:
+        raise TableError(f"{where}: the search has seeds, validation and rules, and nothing else") from None
+
+
+def applies(rule: dict, values: dict[str, Any]) -> bool:
+    """Whether every setting that a rule's ``where`` names has its value, or one of its values."""
+    return all(
+        values.get(key) in (value if isinstance(value, list) else [value]) for key, value in rule["where"].items()
+    )
+
+
 def _apply(rules: list[dict], values: dict[str, Any]) -> None:
     for rule in rules:
         _known(rule, ("where", "set"), "a rule")
-        if all(
-            values.get(key) in (value if isinstance(value, list) else [value]) for key, value in rule["where"].items()
-        ):
+        if applies(rule, values):
             values.update(rule["set"])
 
 
@@ -230,10 +217,8 @@ def _settings(kind: type, values: dict[str, Any], where: str):
     if missing:
         raise TableError(f"{where}: {', '.join(missing)} is missing")
     settings = kind(**values)
-    from benchmarks.papers.runners import check  # which knows methods, networks and processes
-
     try:
-        check(settings)
+        runners.check(settings)
     except ValueError as error:
         raise TableError(f"{where}: {error}") from None
     return settings

@@ -16,25 +16,43 @@ from __future__ import annotations
 import torch
 
 from fastsam import SAM, EigenSAM
-from fastsam.optimizer import NORM_EPSILON
+from fastsam.engine.recipe import NORM_EPSILON, Mixture
+from fastsam.methods.eigen import EigenRecipe
+from fastsam.methods.sam import SamRecipe
+
+
+class ReverseRecipe(SamRecipe):
+    keeps_gradient = True
+    descends_by = ()
+
+    def climb(self, uu, uv, vv, group):
+        return -group["rho"] / (uu**0.5 + NORM_EPSILON), 0.0
+
+    def descend(self, first, second, group):
+        return Mixture(-1.0, 2.0)
 
 
 class ReverseSAM(SAM):
     """SAM with e = -rho g / ||g|| that descends along 2 g(w) - g(w + e)."""
 
-    def coefficients(self, dd, dv, vv, group):
-        return -group["rho"] / (dd**0.5 + NORM_EPSILON), 0.0
+    recipe = ReverseRecipe()
 
-    def first_step(self, zero_grad=False, **options):
-        at_w = [(p, p.grad.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        super().first_step(zero_grad, **options)
-        self._at_w = at_w
 
-    @torch.no_grad()
-    def second_step(self, zero_grad=False, **options):
-        for p, g in self._at_w:
-            p.grad = 2 * g - p.grad
-        super().second_step(zero_grad, **options)
+class ComponentRecipe(EigenRecipe):
+    """The coefficients of :class:`GradientComponent`."""
+
+    def __init__(self, component: str) -> None:
+        self.component = component
+
+    def climb(self, uu, uv, vv, group):
+        known = (vv > 0) * 1.0
+        if self.component == "full":
+            sign = (uv > 0) * 1.0 - (uv < 0) * 1.0
+            return (1 - known) * group["rho"] / (uu**0.5 + NORM_EPSILON), group["rho"] * sign / (vv**0.5 + NORM_EPSILON)
+        projection = uv / (vv + (1 - known))
+        rest = uu - uv * projection
+        scale = group["rho"] / (((rest > 0) * rest) ** 0.5 + NORM_EPSILON)
+        return scale, -projection * scale
 
 
 class GradientComponent(EigenSAM):
@@ -52,18 +70,12 @@ class GradientComponent(EigenSAM):
     """
 
     def __init__(self, params, base_optimizer, rho=0.05, lmbda=0.9, component="noise", **options):
+        self.recipe = ComponentRecipe(component)
+        self.lmbda = lmbda
         super().__init__(params, base_optimizer, rho=rho, alpha=0.0, **options)
-        self.component, self.lmbda = component, lmbda
 
-    def coefficients(self, dd, dv, vv, group):
-        known = (vv > 0) * 1.0
-        if self.component == "full":
-            sign = (dv > 0) * 1.0 - (dv < 0) * 1.0
-            return (1 - known) * group["rho"] / (dd**0.5 + NORM_EPSILON), group["rho"] * sign / (vv**0.5 + NORM_EPSILON)
-        projection = dv / (vv + (1 - known))
-        rest = dd - dv * projection
-        scale = group["rho"] / (((rest > 0) * rest) ** 0.5 + NORM_EPSILON)
-        return scale, -projection * scale
+    def eigenvector_due(self, step=None):
+        return False  # v is no eigenvector here
 
     @torch.no_grad()
     def first_step(self, zero_grad=False, **options):

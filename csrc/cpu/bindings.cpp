@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <tuple>
 
 #include "kernels.h"
 #include "scan.h"
@@ -33,7 +34,7 @@ void for_pieces(const Table& t, int threads, bool backwards, Body body) {
   parallel_for(n, useful, [&](int64_t k) {
     const int64_t i = backwards ? n - 1 - k : k;
     const Chunk& c = t.chunks[i];
-    body(i, Piece{&t.rows[c.row], c.begin, c.count, t.dtype});
+    body(i, Piece{&t.rows[c.row], c.begin, c.count, t.dtype, t.state_dtype});
   });
 }
 
@@ -86,25 +87,49 @@ void descend(const Table& t, uintptr_t backup, int threads, Update update) {
   });
 }
 
+// gradient, stored, direct_gradient, direct_stored, keep_gradient, keep_stored
+using MixtureTuple = std::tuple<double, double, double, double, double, double>;
+std::vector<MixtureGroup> mixture_groups(const std::vector<MixtureTuple>& tuples) {
+  std::vector<MixtureGroup> groups;
+  for (const auto& t : tuples)
+    groups.push_back(std::apply([](auto... coefficient) { return MixtureGroup{coefficient...}; }, t));
+  return groups;
+}
+
+MixingArgs mixing(const std::vector<MixtureGroup>& groups, uintptr_t stored, uintptr_t stored_next) {
+  return {groups.empty() ? nullptr : groups.data(), at<void>(stored), at<void>(stored_next)};
+}
+
+// Both keys, or none.
+Rounding rounding(const std::vector<uint32_t>& keys) {
+  return keys.empty() ? Rounding{0, 0, false} : Rounding{keys.at(0), keys.at(1), true};
+}
+
 using SgdTuple = std::tuple<double, double, double, double, bool, bool>;  // lr, momentum, dampening, weight_decay, nesterov, maximize
 void descend_sgd(const Table& t, uintptr_t backup, uintptr_t momentum_buffer, const std::vector<SgdTuple>& tuples,
-                 double grad_scale, double clip_value, int threads) {
+                 double grad_scale, double clip_value, const std::vector<MixtureTuple>& mixtures, uintptr_t stored,
+                 uintptr_t stored_next, const std::vector<uint32_t>& keys, int threads) {
   std::vector<SgdGroup> groups;
   for (const auto& [lr, momentum, dampening, weight_decay, nesterov, maximize] : tuples)
     groups.push_back({lr, momentum, 1 - dampening, weight_decay, nesterov, maximize});
-  const SgdArgs args{at<void>(backup), at<void>(momentum_buffer), groups.data(), grad_scale, clip_value, worth_streaming(t)};
+  const std::vector<MixtureGroup> mixed = mixture_groups(mixtures);
+  const SgdArgs args{at<void>(backup), at<void>(momentum_buffer), groups.data(), grad_scale, clip_value,
+                     mixing(mixed, stored, stored_next), rounding(keys), worth_streaming(t)};
   descend(t, backup, threads, [&](const Piece& p) { kernels().descend_sgd(p, args); });
 }
 
 // lr, beta1, beta2, eps, weight_decay, decoupled, maximize
 using AdamTuple = std::tuple<double, double, double, double, double, bool, bool>;
 void descend_adam(const Table& t, uintptr_t backup, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t steps,
-                  const std::vector<AdamTuple>& tuples, double grad_scale, double clip_value, int threads) {
+                  const std::vector<AdamTuple>& tuples, double grad_scale, double clip_value,
+                  const std::vector<MixtureTuple>& mixtures, uintptr_t stored, uintptr_t stored_next,
+                  const std::vector<uint32_t>& keys, int threads) {
   std::vector<AdamGroup> groups;
   for (const auto& [lr, beta1, beta2, eps, weight_decay, decoupled, maximize] : tuples)
     groups.push_back({lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
+  const std::vector<MixtureGroup> mixed = mixture_groups(mixtures);
   const AdamArgs args{at<void>(backup), at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), groups.data(), grad_scale, clip_value,
-                      worth_streaming(t)};
+                      mixing(mixed, stored, stored_next), rounding(keys), worth_streaming(t)};
   descend(t, backup, threads, [&](const Piece& p) { kernels().descend_adam(p, args); });
 }
 
@@ -125,9 +150,10 @@ PYBIND11_MODULE(_cpu, m) {
   const auto free = py::call_guard<py::gil_scoped_release>();
 
   py::class_<Table>(m, "Table")
-      .def(py::init([](int dtype, std::vector<int64_t> offsets, std::vector<int64_t> sizes, std::vector<int32_t> groups,
-                       std::vector<bool> joined) {
-        return Table(static_cast<Dtype>(dtype), std::move(offsets), std::move(sizes), std::move(groups), std::move(joined));
+      .def(py::init([](int dtype, int state_dtype, std::vector<int64_t> offsets, std::vector<int64_t> first,
+                       std::vector<int64_t> sizes, std::vector<int32_t> groups, std::vector<bool> joined) {
+        return Table(static_cast<Dtype>(dtype), static_cast<Dtype>(state_dtype), std::move(offsets), std::move(first),
+                     std::move(sizes), std::move(groups), std::move(joined));
       }))
       .def("set_gradient_types", &Table::set_gradient_types)
       .def("set_addresses", &Table::set_addresses)

@@ -10,7 +10,7 @@ struct Piece {
   const Row* row;
   int64_t begin;
   int count;
-  Dtype w_type;
+  Dtype w_type, m_type;
 };
 
 struct ClimbGroup {
@@ -18,6 +18,7 @@ struct ClimbGroup {
   bool adaptive;
 };
 
+// m, v and s, a method's own vectors, are of the piece's m_type; all other buffers are of the weights' type.
 struct GramArgs {
   const void* ema;     // m, or null: d = g
   const void* vector;  // v, or null
@@ -37,6 +38,23 @@ struct ClimbArgs {
   bool stream;  // write what is not read again soon past the caches
 };
 
+struct MixtureGroup {
+  double gradient, stored, direct_gradient, direct_stored, keep_gradient, keep_stored;
+};
+
+// What becomes of the second gradient before the base optimizer's rule, and beside it.
+struct MixingArgs {
+  const MixtureGroup* groups;  // null: the rule takes the gradient itself
+  const void* stored;          // s, or null
+  void* stored_next;           // where it goes on, or null
+};
+
+// Weights are rounded at random by these keys, or to the nearest.
+struct Rounding {
+  uint32_t first_key, second_key;
+  bool on;
+};
+
 struct SgdGroup {
   double lr, momentum, one_minus_dampening, weight_decay;
   bool nesterov, maximize;
@@ -47,6 +65,8 @@ struct SgdArgs {
   void* momentum_buffer;  // null where no group has momentum
   const SgdGroup* groups;
   double grad_scale, clip_value;  // gradients are multiplied by the first, then limited to the second
+  MixingArgs mixing;
+  Rounding rounding;
   bool stream;
 };
 
@@ -62,6 +82,8 @@ struct AdamArgs {
   const float* steps;  // one for each parameter, already counted up
   const AdamGroup* groups;
   double grad_scale, clip_value;
+  MixingArgs mixing;
+  Rounding rounding;
   bool stream;
 };
 

@@ -70,6 +70,20 @@ FASTSAM_INLINE Vector<S> limited(Vector<S> x, S limit) {
   return x;
 }
 
+// Sixteen values of bfloat16 instead of those of float32 in x, drawn for the elements from that number on.
+FASTSAM_INLINE Vector<float> stochastically_rounded(Vector<float> x, uint32_t number, uint32_t first_key, uint32_t second_key) {
+  constexpr int lanes = kRegisterBytes / sizeof(float);
+  u32 numbers = {};
+  for (int k = 0; k < lanes; ++k) numbers[k] = k;
+  for (int i = 0; i < kRegisters; ++i) {
+    const u32 bits = fastsam::stochastically_rounded(
+        (u32)x.r[i], random_bits(numbers + (number + uint32_t(i * lanes)), first_key, second_key));
+    const u32 is_nan = (u32)(x.r[i] != x.r[i]);
+    x.r[i] = (f32)((bits & ~is_nan) | ((u32)x.r[i] & is_nan));
+  }
+  return x;
+}
+
 // What an element type is computed in: double for double, float for everything else.
 template <class E> struct Compute { using Scalar = float; static constexpr int lanes = 16; };
 template <> struct Compute<double> { using Scalar = double; static constexpr int lanes = 8; };

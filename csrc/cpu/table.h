@@ -27,6 +27,7 @@ struct Row {
   char* w;
   const char* g;   // null: no gradient in this pass
   int64_t offset;  // of its state in the flat buffers, in elements
+  int64_t first;   // the number of its first element, which stochastic rounding draws by
   int64_t size;
   int32_t group;
   int32_t param;  // the first parameter in it
@@ -45,11 +46,13 @@ class Table {
   // Chunks are this many elements or fewer. Sums are formed chunk by chunk, so this fixes their order.
   static constexpr int64_t kChunk = 16384;
 
+  // dtype is the weights', state_dtype that of a method's own vectors.
+  // first[i]: the number of parameter i's first element.
   // joined[i]: the weights of parameter i follow those of i - 1 without a gap in the same storage.
-  Table(Dtype dtype, std::vector<int64_t> offsets, std::vector<int64_t> sizes, std::vector<int32_t> groups,
-        std::vector<bool> joined)
-      : dtype(dtype), offsets_(std::move(offsets)), sizes_(std::move(sizes)), groups_(std::move(groups)),
-        joined_(std::move(joined)) {}
+  Table(Dtype dtype, Dtype state_dtype, std::vector<int64_t> offsets, std::vector<int64_t> first,
+        std::vector<int64_t> sizes, std::vector<int32_t> groups, std::vector<bool> joined)
+      : dtype(dtype), state_dtype(state_dtype), offsets_(std::move(offsets)), first_(std::move(first)), sizes_(std::move(sizes)),
+        groups_(std::move(groups)), joined_(std::move(joined)) {}
 
   void set_gradient_types(std::vector<uint8_t> types) {
     gradient_types_ = std::move(types);
@@ -80,7 +83,7 @@ class Table {
       const bool taken = gradients_[i] || (flags_[i] & kClimbed);
       if (!taken || sizes_[i] == 0) continue;
       const Row row{reinterpret_cast<char*>(weights_[i]), reinterpret_cast<const char*>(gradients_[i]), offsets_[i],
-                    sizes_[i], groups_[i], static_cast<int32_t>(i), flags_[i], static_cast<Dtype>(gradient_types_[i])};
+                    first_[i], sizes_[i], groups_[i], static_cast<int32_t>(i), flags_[i], static_cast<Dtype>(gradient_types_[i])};
       if (merge_ && previous == static_cast<int>(i) - 1 && joined_[i] && extends(rows.back(), row))
         rows.back().size += row.size;
       else
@@ -93,7 +96,7 @@ class Table {
         chunks.push_back({static_cast<int32_t>(r), static_cast<int32_t>(std::min(kChunk, rows[r].size - begin)), begin});
   }
 
-  Dtype dtype;
+  Dtype dtype, state_dtype;
   std::vector<Row> rows;
   std::vector<Chunk> chunks;
   int64_t elements = 0;
@@ -102,10 +105,11 @@ class Table {
   bool extends(const Row& a, const Row& b) const {
     const bool gradients_adjoin = (!a.g && !b.g) || (a.g && b.g == a.g + a.size * item_size(a.g_type));
     return gradients_adjoin && a.g_type == b.g_type && a.group == b.group && a.flags == b.flags &&
-           b.w == a.w + a.size * item_size(dtype) && b.offset == a.offset + a.size;
+           b.w == a.w + a.size * item_size(dtype) && b.offset == a.offset + a.size &&
+           b.first == a.first + a.size;
   }
 
-  std::vector<int64_t> offsets_, sizes_;
+  std::vector<int64_t> offsets_, first_, sizes_;
   std::vector<int32_t> groups_;
   std::vector<bool> joined_;
   std::vector<uintptr_t> weights_, gradients_;

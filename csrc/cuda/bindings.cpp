@@ -17,7 +17,8 @@ namespace {
 using Address = uintptr_t;
 template <class T> T* at(Address address) { return reinterpret_cast<T*>(address); }
 
-// (rows, chunks, number of rows, number of chunks, dtype of the weights, mixed, device, stream); no stream: the host
+// (rows, chunks, number of rows, number of chunks, dtype of the weights, dtype of the vectors, mixed, device, stream); no
+// stream: the host
 struct Where {
   Tables table;
   Types types;
@@ -25,10 +26,10 @@ struct Where {
 };
 
 Where where(const py::tuple& t) {
-  const bool on_host = t[7].is_none();
+  const bool on_host = t[8].is_none();
   return {{at<const Row>(t[0].cast<Address>()), at<const Chunk>(t[1].cast<Address>()), t[2].cast<int>(), t[3].cast<int>()},
-          {static_cast<Dtype>(t[4].cast<int>()), t[5].cast<bool>()},
-          {t[6].cast<int>(), on_host ? nullptr : at<void>(t[7].cast<Address>()), on_host}};
+          {static_cast<Dtype>(t[4].cast<int>()), static_cast<Dtype>(t[5].cast<int>()), t[6].cast<bool>()},
+          {t[7].cast<int>(), on_host ? nullptr : at<void>(t[8].cast<Address>()), on_host}};
 }
 
 void py_gram(const py::tuple& t, Address groups, Address scaling, Address ema, Address vector, Address partials,
@@ -47,22 +48,28 @@ void py_climb(const py::tuple& t, Address groups, Address scaling, Address sums,
         w.types, w.place);
 }
 
-DescentArgs descent(const Where& w, Address scaling, Address sums, Address backup, Address ema, Address ema_next) {
-  return {w.table, at<Scaling>(scaling), at<double>(sums), at<void>(backup), at<void>(ema), at<void>(ema_next)};
+DescentArgs descent(const Where& w, Address scaling, Address sums, Address backup, Address ema, Address ema_next,
+                    Address mixtures, Address stored, Address stored_next, Address rounding) {
+  return {w.table, at<Scaling>(scaling), at<double>(sums), at<void>(backup), at<void>(ema), at<void>(ema_next),
+          at<MixtureGroup>(mixtures), at<void>(stored), at<void>(stored_next), at<Rounding>(rounding),
+          item_size(w.types.vectors) == 2};
 }
 
 void py_descend_sgd(const py::tuple& t, Address groups, Address scaling, Address sums, Address backup, Address ema,
-                    Address ema_next, Address momentum_buffer) {
+                    Address ema_next, Address mixtures, Address stored, Address stored_next, Address rounding,
+                    Address momentum_buffer) {
   const Where w = where(t);
-  descend_sgd({descent(w, scaling, sums, backup, ema, ema_next), at<SgdGroup>(groups), at<void>(momentum_buffer)},
+  descend_sgd({descent(w, scaling, sums, backup, ema, ema_next, mixtures, stored, stored_next, rounding), at<SgdGroup>(groups),
+               at<void>(momentum_buffer)},
               w.types, w.place);
 }
 
 void py_descend_adam(const py::tuple& t, Address groups, Address scaling, Address sums, Address backup, Address ema,
-                     Address ema_next, Address exp_avg, Address exp_avg_sq, Address steps, Address counter) {
+                     Address ema_next, Address mixtures, Address stored, Address stored_next, Address rounding,
+                     Address exp_avg, Address exp_avg_sq, Address steps, Address counter) {
   const Where w = where(t);
-  descend_adam({descent(w, scaling, sums, backup, ema, ema_next), at<AdamGroup>(groups), at<void>(exp_avg),
-                at<void>(exp_avg_sq), at<float>(steps), at<int>(counter)},
+  descend_adam({descent(w, scaling, sums, backup, ema, ema_next, mixtures, stored, stored_next, rounding), at<AdamGroup>(groups),
+                at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), at<int>(counter)},
                w.types, w.place);
 }
 
@@ -107,7 +114,9 @@ py::dict columns() {
   found["ASCENT"] = Names{FASTSAM_ASCENT(FASTSAM_NAME)};
   found["SGD"] = Names{FASTSAM_SGD(FASTSAM_NAME)};
   found["ADAM"] = Names{FASTSAM_ADAM(FASTSAM_NAME)};
+  found["MIXTURE"] = Names{FASTSAM_MIXTURE(FASTSAM_NAME)};
   found["SCALING"] = Names{FASTSAM_SCALING(FASTSAM_NAME)};
+  found["ROUNDING"] = Names{FASTSAM_ROUNDING(FASTSAM_NAME)};
   return found;
 }
 #undef FASTSAM_NAME
@@ -133,7 +142,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("piece", [](Address rows, Address chunks, int i, int weight_size) {
     const Piece p = piece({at<const Row>(rows), at<const Chunk>(chunks), 0, 0}, i, weight_size);
     return py::make_tuple(reinterpret_cast<Address>(p.w), reinterpret_cast<Address>(p.g), p.offset, p.count, p.group, p.param,
-                          p.gradient_type, p.climbed);
+                          p.gradient_type, p.climbed, p.first);
   });
   m.attr("THREADS") = kThreads;
   m.attr("MOST_GRAM_BLOCKS") = kMostGramBlocks;

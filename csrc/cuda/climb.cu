@@ -4,7 +4,7 @@
 namespace fastsam {
 namespace {
 
-template <class W, class G>
+template <class W, class G, class M>
 struct Climb {
   using S = Scalar<W>;
   using Args = ClimbArgs;
@@ -29,15 +29,16 @@ struct Climb {
     W* w = reinterpret_cast<W*>(p.w);
     W* backup = part<W>(a.backup, p);
     if (!h.counts) return copy(backup, w, p.count, thread);
-    const W *m = part<W>(a.ema, p), *v = part<W>(a.vector, p);
-    W* m_next = part<W>(a.ema_next, p);
-    const uint64_t addresses = address(w) | address(p.g) | address(backup) | address(m) | address(m_next) | address(v);
-    for_elements<kWidth<W>>(thread, p.count, addresses, [&](int i, auto width) {
+    const M *m = part<M>(a.ema, p), *v = part<M>(a.vector, p);
+    M* m_next = part<M>(a.ema_next, p);
+    const uint64_t addresses = address(w) | address(p.g) | address(backup) | address_beside<W>(m) |
+                               address_beside<W>(m_next) | address_beside<W>(v);
+    for_elements<kWidth<W>>(thread, p.count, addresses, [&](auto i, auto width) {
       constexpr int N = decltype(width)::value;
       Values<S, N> g = Gradient<G, N>::load(p.g, p.gradient_type, i), average, other;
       const Raw<W, N> raw = load_raw<W, N>(w + i);
-      if (m) average = load<W, N>(m + i);
-      if (v) other = load<W, N>(v + i);
+      if (m) average = load<M, N>(m + i);
+      if (v) other = load<M, N>(v + i);
       store_raw<W, N>(backup + i, raw, true);
       Values<S, N> old = widened<W, N>(raw);
       FASTSAM_UNROLL
@@ -48,13 +49,15 @@ struct Climb {
           const bool blank = is_blank(average.at[k]);
           if (!blank) d = direction(gradient, average.at[k], h.sigma);
           average.at[k] = blank ? gradient : moving_average(average.at[k], gradient, h.lmbda, h.one_minus_lmbda);
+        } else {
+          average.at[k] = gradient;
         }
         S e = d * h.c_d;
         if (v) e = e + other.at[k] * h.c_v;
         if (h.adaptive) e = e * (old.at[k] * old.at[k]);
         old.at[k] = old.at[k] + e;
       }
-      if (m) store<W, N>(m_next + i, average, true);
+      if (m_next) store<M, N>(m_next + i, average, true);
       store<W, N>(w + i, old);
     });
   }
@@ -63,7 +66,9 @@ struct Climb {
 }  // namespace
 
 void climb(const ClimbArgs& args, Types types, Place place) {
-  with_types(types, [&](auto w, auto g) { run_pass<Climb<decltype(w), decltype(g)>, decltype(w)>(args, place); });
+  with_types(types, [&](auto w, auto g, auto m) {
+    run_pass<Climb<decltype(w), decltype(g), decltype(m)>, decltype(w)>(args, place);
+  });
 }
 
 }  // namespace fastsam

@@ -82,6 +82,34 @@ template <class E, int N> FASTSAM_INLINE void store_raw(E* p, const Raw<E, N>& r
   for (int i = 0; i < R::kUnits; ++i) write(reinterpret_cast<typename R::U*>(p) + i, raw.unit[i], past_caches);
 }
 
+// Elements a block's width apart, as threads side by side read them one by one: p + Apart{i} is a place of N of them.
+struct Apart {
+  int i;
+};
+template <class E> struct ApartAt {
+  E* p;
+};
+template <class E> FASTSAM_INLINE ApartAt<E> operator+(E* p, Apart first) { return {p + first.i}; }
+
+template <class E, int N, class P> FASTSAM_INLINE Raw<E, N> load_raw(const ApartAt<P>& place) {
+  using U = typename Unit<sizeof(E)>::Type;
+  U elements[N];
+  FASTSAM_UNROLL
+  for (int k = 0; k < N; ++k) elements[k] = read(reinterpret_cast<const U*>(place.p + k * kThreads));
+  Raw<E, N> raw;
+  memcpy(&raw, elements, sizeof raw);
+  return raw;
+}
+
+template <class E, int N>
+FASTSAM_INLINE void store_raw(const ApartAt<E>& place, const Raw<E, N>& raw, bool past_caches = false) {
+  using U = typename Unit<sizeof(E)>::Type;
+  U elements[N];
+  memcpy(elements, &raw, sizeof raw);
+  FASTSAM_UNROLL
+  for (int k = 0; k < N; ++k) write(reinterpret_cast<U*>(place.p + k * kThreads), elements[k], past_caches);
+}
+
 FASTSAM_INLINE float widen(float x) { return x; }
 FASTSAM_INLINE double widen(double x) { return x; }
 FASTSAM_INLINE float widen(bf16 x) { return __bfloat162float(x); }
@@ -100,12 +128,12 @@ template <class E, int N> FASTSAM_INLINE Values<Scalar<E>, N> widened(const Raw<
   return values;
 }
 
-template <class E, int N> FASTSAM_INLINE Values<Scalar<E>, N> load(const E* p) {
+template <class E, int N, class Place> FASTSAM_INLINE Values<Scalar<E>, N> load(Place p) {
   return widened<E, N>(load_raw<E, N>(p));
 }
 
-template <class E, int N>
-FASTSAM_INLINE void store(E* p, const Values<Scalar<E>, N>& values, bool past_caches = false) {
+template <class E, int N, class Place>
+FASTSAM_INLINE void store(Place p, const Values<Scalar<E>, N>& values, bool past_caches = false) {
   E elements[N];
   FASTSAM_UNROLL
   for (int i = 0; i < N; ++i) narrow(values.at[i], elements[i]);
@@ -114,14 +142,14 @@ FASTSAM_INLINE void store(E* p, const Values<Scalar<E>, N>& values, bool past_ca
   store_raw<E, N>(p, raw, past_caches);
 }
 
-// N gradients from the i-th on, of type G or, where that is Mixed, of the type that the row says.
+// N gradients from the i-th on, or Apart, of type G or, where that is Mixed, of the type that the row says.
 template <class G, int N> struct Gradient {
-  static FASTSAM_INLINE Values<Scalar<G>, N> load(const char* g, int, int i) {
+  template <class I> static FASTSAM_INLINE Values<Scalar<G>, N> load(const char* g, int, I i) {
     return fastsam::load<G, N>(reinterpret_cast<const G*>(g) + i);
   }
 };
 template <int N> struct Gradient<Mixed, N> {
-  static FASTSAM_INLINE Values<float, N> load(const char* g, int type, int i) {
+  template <class I> static FASTSAM_INLINE Values<float, N> load(const char* g, int type, I i) {
     if (type == kBfloat16) return Gradient<bf16, N>::load(g, type, i);
     if (type == kFloat16) return Gradient<f16, N>::load(g, type, i);
     return Gradient<float, N>::load(g, type, i);
@@ -138,24 +166,46 @@ template <class W> FASTSAM_INLINE const W* part(const void* flat, const Piece& p
 
 FASTSAM_INLINE uint64_t address(const void* p) { return reinterpret_cast<uint64_t>(p); }
 
+// An address of M as one of W: a multiple of 16 bytes where as many elements of M as 16 bytes have of W are one access.
+template <class W, class M> FASTSAM_INLINE uint64_t address_beside(const M* p) {
+  static_assert(sizeof(M) <= sizeof(W));
+  return address(p) * (sizeof(W) / sizeof(M));
+}
+
+// There are no vectors of this type.
+struct None {};
+
 template <int N> struct Int {
   static constexpr int value = N;
 };
 
-// f(i, Int<N>) for the elements i .. i + N - 1 that fall to a thread: whole vectors first, then single elements.
-template <int Width, class F>
+// Single elements of each array under way at a time: four, or the two doubles that registers hold.
+template <int Width> constexpr int kApart = Width < 4 ? Width : 4;
+
+// A thread may begin below it with kApart elements apart: the last of them lies before count.
+template <int Width> FASTSAM_INLINE int end_of_apart(int count) { return count - (kApart<Width> - 1) * kThreads; }
+
+// f(i, Int<N>) for the elements i .. i + N - 1 that fall to a thread: whole vectors first; where an address allows none,
+// f(Apart{i}, Int<N>), some single elements at a time, whose loads would wait for each other's stores; single elements.
+// Batched = false leaves the middle out, where registers do not hold it.
+template <int Width, bool Batched = true, class F>
 FASTSAM_INLINE void for_elements(int thread, int count, uint64_t addresses, F f) {
   const int whole = vector_count(count, Width, addresses);
   FASTSAM_ROLLED
   for (int i = thread * Width; i < whole; i += kThreads * Width) f(i, Int<Width>{});
+  int i = whole + thread;
+  if constexpr (Batched && Width > 1) {
+    FASTSAM_ROLLED
+    for (; i < end_of_apart<Width>(count); i += kApart<Width> * kThreads) f(Apart{i}, Int<kApart<Width>>{});
+  }
   FASTSAM_ROLLED
-  for (int i = whole + thread; i < count; i += kThreads) f(i, Int<1>{});
+  for (; i < count; i += kThreads) f(i, Int<1>{});
 }
 
 // Bit for bit.
 template <class W>
 FASTSAM_INLINE void copy(W* to, const W* from, int count, int thread) {
-  for_elements<kWidth<W>>(thread, count, address(to) | address(from), [&](int i, auto width) {
+  for_elements<kWidth<W>>(thread, count, address(to) | address(from), [&](auto i, auto width) {
     constexpr int N = decltype(width)::value;
     store_raw<W, N>(to + i, load_raw<W, N>(from + i));
   });

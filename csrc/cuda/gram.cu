@@ -23,10 +23,11 @@ FASTSAM_INLINE double plus_products(double sum, const Values<S, N>& a, const Val
   return sum + few;
 }
 
-template <class W, class G>
+template <class W, class G, class M>
 struct Gram {
   using S = Scalar<W>;
   template <class F> static constexpr int kWidthOf = std::is_same_v<F, S> ? kWidth<W> : 1;  // fewer registers
+  static constexpr bool kBatched = !std::is_same_v<G, Mixed>;  // registers are for three types of gradients there
 
   // One thread's part of the chunks of one block, the products of one access added up in F.
   template <class F>
@@ -44,26 +45,27 @@ struct Gram {
     const AscentGroup* h = a.groups ? a.groups + p.group : nullptr;
     const S scale = S(a.scaling->grad_scale), sigma = S(h ? h->sigma : 0.0);
     const W* w = a.weighted && h->adaptive != 0 ? reinterpret_cast<const W*>(p.w) : nullptr;
-    const W *m = part<W>(a.ema, p), *v = part<W>(a.vector, p);
+    const M *m = part<M>(a.ema, p), *v = part<M>(a.vector, p);
     if (std::is_same_v<F, S> && !m && !v && !w) return norm(p, scale, sums, thread);
-    const uint64_t addresses = address(w) | address(p.g) | address(m) | address(v);
-    for_elements<kWidthOf<F>>(thread, p.count, addresses, [&](int i, auto width) {
+    const uint64_t addresses = address(w) | address(p.g) | address_beside<W>(m) | address_beside<W>(v);
+    for_elements<kWidthOf<F>, kBatched>(thread, p.count, addresses, [&](auto i, auto width) {
       constexpr int N = decltype(width)::value;
       Values<S, N> d = Gradient<G, N>::load(p.g, p.gradient_type, i);
-      Raw<W, N> average, other, weight;
-      if (m) average = load_raw<W, N>(m + i);
-      if (v) other = load_raw<W, N>(v + i);
+      Raw<M, N> average, other;
+      Raw<W, N> weight;
+      if (m) average = load_raw<M, N>(m + i);
+      if (v) other = load_raw<M, N>(v + i);
       if (w) weight = load_raw<W, N>(w + i);
       FASTSAM_UNROLL
       for (int k = 0; k < N; ++k) d.at[k] = d.at[k] * scale;
       if (m) {
-        const Values<S, N> x = widened<W, N>(average);
+        const Values<S, N> x = widened<M, N>(average);
         FASTSAM_UNROLL
         for (int k = 0; k < N; ++k)
           if (!is_blank(x.at[k])) d.at[k] = direction(d.at[k], x.at[k], sigma);
       }
       if (v) {
-        const Values<S, N> x = widened<W, N>(other);
+        const Values<S, N> x = widened<M, N>(other);
         sums.dv = plus_products<F>(sums.dv, d, x);
         sums.vv = plus_products<F>(sums.vv, x, x);
       }
@@ -97,8 +99,14 @@ struct Gram {
     }
     FASTSAM_ROLLED
     for (; i < whole; i += kStep) square(Gradient<G, N>::load(p.g, p.gradient_type, i), Int<N>{});
+    i = whole + thread;
+    if constexpr (kBatched) {
+      FASTSAM_ROLLED
+      for (; i < end_of_apart<N>(p.count); i += kApart<N> * kThreads)
+        square(Gradient<G, kApart<N>>::load(p.g, p.gradient_type, Apart{i}), Int<kApart<N>>{});
+    }
     FASTSAM_ROLLED
-    for (i = whole + thread; i < p.count; i += kThreads) square(Gradient<G, 1>::load(p.g, p.gradient_type, i), Int<1>{});
+    for (; i < p.count; i += kThreads) square(Gradient<G, 1>::load(p.g, p.gradient_type, i), Int<1>{});
   }
 };
 
@@ -162,10 +170,10 @@ __device__ __forceinline__ Sums over_threads(Sums* lanes, const Sums& part) {
   return sums;
 }
 
-template <class W, class G>
+template <class W, class G, class M>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<W, G>) gram_kernel(const __grid_constant__ GramArgs a) {
   __shared__ Sums lanes[kThreads];
-  using P = Gram<W, G>;
+  using P = Gram<W, G, M>;
   Sums sums = over_threads(lanes, P::template of_block<Scalar<W>>(a, blockIdx.x, gridDim.x, threadIdx.x));
   if (overflowed<W>(sums)) sums = over_threads(lanes, P::template of_block<double>(a, blockIdx.x, gridDim.x, threadIdx.x));
   if (threadIdx.x == 0) put(a.partials + blockIdx.x, gridDim.x, sums);
@@ -185,10 +193,10 @@ Sums block_on_host(Part part) {
   return lanes[0];
 }
 
-template <class W, class G>
+template <class W, class G, class M>
 void gram_on_host(const GramArgs& a, int blocks) {
   for (int block = 0; block < blocks; ++block) {
-    using P = Gram<W, G>;
+    using P = Gram<W, G, M>;
     Sums sums = block_on_host([&](int thread) { return P::template of_block<Scalar<W>>(a, block, blocks, thread); });
     if (overflowed<W>(sums))
       sums = block_on_host([&](int thread) { return P::template of_block<double>(a, block, blocks, thread); });
@@ -202,11 +210,12 @@ void gram_on_host(const GramArgs& a, int blocks) {
 void gram(const GramArgs& args, Types types, Place place) {
   const int blocks = gram_blocks(args.table.n_chunks);
   if (blocks == 0) return;
-  with_types(types, [&](auto w, auto g) {
+  with_types(types, [&](auto w, auto g, auto m) {
     using W = decltype(w);
     using G = decltype(g);
-    if (place.on_host) return gram_on_host<W, G>(args, blocks);
-    launch(gram_kernel<W, G>, blocks, args, place);
+    using M = decltype(m);
+    if (place.on_host) return gram_on_host<W, G, M>(args, blocks);
+    launch(gram_kernel<W, G, M>, blocks, args, place);
   });
 }
 

@@ -5,6 +5,7 @@
 
 namespace fastsam {
 
+// m, v and s, a method's own vectors, are of the type that Types has for them; other buffers are of the weights'.
 struct GramArgs {
   Tables table;
   const AscentGroup* groups;  // null: neither m nor a weighted norm
@@ -38,6 +39,11 @@ struct DescentArgs {
   const void* backup;
   const void* ema;
   void* ema_next;
+  const MixtureGroup* mixtures;  // null: the base optimizer takes the gradient itself
+  const void* stored;            // s, or null
+  void* stored_next;             // where it goes on, or null
+  const Rounding* rounding;      // null: weights are rounded to the nearest
+  bool narrow_averages;          // m has two bytes an element, whatever the weights have
 };
 
 struct SgdArgs : DescentArgs {
@@ -65,9 +71,10 @@ struct Place {
   bool on_host;
 };
 
-// `mixed`: the launch meets gradients of another type than the weights'.
+// `vectors` are a method's own: of the weights' type, or bfloat16 beside float32. `mixed`: the launch meets gradients of
+// another type than the weights'.
 struct Types {
-  Dtype weights;
+  Dtype weights, vectors;
   bool mixed;
 };
 

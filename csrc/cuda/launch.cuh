@@ -1,6 +1,6 @@
 // How a pass runs: a block a chunk, thread 0 computing what all of them share; and the same on the host.
 //
-// A pass is a struct template P<W, G> with
+// A pass is a struct template P<W, G, M> of the types of weights, gradients and a method's own vectors, with
 //     Args                                  what it is launched with
 //     Shared                                what thread 0 computes for its block
 //     prepare(args, piece) -> Shared
@@ -83,17 +83,17 @@ void run_pass(const typename P::Args& args, Place place) {
   launch(pass_kernel<P, W>, n, args, place);
 }
 
-// f(W, G) for the types of a launch. float64 mixes with nothing else.
+// f(W, G, M) for the types of a launch. float64 mixes with nothing else.
 template <class F> void with_types(Types types, F f) {
-  const auto with_weight = [&](auto w) {
-    if (types.mixed) f(w, Mixed{});
-    else f(w, w);
+  const auto with_vectors = [&](auto w, auto m) {
+    if (types.mixed) f(w, Mixed{}, m);
+    else f(w, w, m);
   };
   switch (types.weights) {
-    case kFloat64: return f(double{}, double{});
-    case kBfloat16: return with_weight(bf16{});
-    case kFloat16: return with_weight(f16{});
-    default: return with_weight(float{});
+    case kFloat64: return f(double{}, double{}, double{});
+    case kBfloat16: return with_vectors(bf16{}, bf16{});
+    case kFloat16: return with_vectors(f16{}, f16{});
+    default: return types.vectors == kBfloat16 ? with_vectors(float{}, bf16{}) : with_vectors(float{}, float{});
   }
 }
 

@@ -10,13 +10,16 @@
 namespace fastsam {
 
 // X(column) for every column of a table, in order.
-#define FASTSAM_ROW(X) X(weight) X(gradient) X(offset) X(size) X(group) X(param) X(climbed) X(gradient_type)
+#define FASTSAM_ROW(X) X(weight) X(gradient) X(offset) X(size) X(group) X(param) X(climbed) X(gradient_type) X(first)
 #define FASTSAM_CHUNK(X) X(row) X(begin) X(count)
 #define FASTSAM_ASCENT(X) X(rho) X(alpha) X(sigma) X(lmbda) X(adaptive)
 #define FASTSAM_SGD(X) X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize)
 #define FASTSAM_ADAM(X) \
   X(lr) X(beta1) X(beta2) X(log2_beta1) X(log2_beta2) X(eps) X(weight_decay) X(decoupled_weight_decay) X(maximize)
+#define FASTSAM_MIXTURE(X) \
+  X(gradient) X(stored) X(direct_gradient) X(direct_stored) X(keep_gradient) X(keep_stored)
 #define FASTSAM_SCALING(X) X(grad_scale) X(max_norm) X(clip_value)
+#define FASTSAM_ROUNDING(X) X(first_key) X(second_key)
 
 #define FASTSAM_INTEGER(column) int64_t column;
 #define FASTSAM_REAL(column) double column;
@@ -25,7 +28,9 @@ struct Chunk { FASTSAM_CHUNK(FASTSAM_INTEGER) };  // a stretch of one row
 struct AscentGroup { FASTSAM_ASCENT(FASTSAM_REAL) };
 struct SgdGroup { FASTSAM_SGD(FASTSAM_REAL) };
 struct AdamGroup { FASTSAM_ADAM(FASTSAM_REAL) };
+struct MixtureGroup { FASTSAM_MIXTURE(FASTSAM_REAL) };
 struct Scaling { FASTSAM_SCALING(FASTSAM_REAL) };
+struct Rounding { FASTSAM_ROUNDING(FASTSAM_REAL) };  // whole numbers below 2^32
 #undef FASTSAM_INTEGER
 #undef FASTSAM_REAL
 
@@ -60,6 +65,7 @@ struct Piece {
   int64_t offset;  // of its state in the flat buffers, in elements
   int count, group, param, gradient_type;
   bool climbed;  // the backup holds its weights
+  uint32_t first;  // the low bits of its first element's number, which stochastic rounding draws by
 };
 
 FASTSAM_INLINE int item_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
@@ -77,6 +83,7 @@ FASTSAM_INLINE Piece piece(const Tables& t, int i, int weight_size) {
   p.param = static_cast<int>(r.param);
   p.gradient_type = gradient_type;
   p.climbed = r.climbed != 0;
+  p.first = static_cast<uint32_t>(r.first + c.begin);
   return p;
 }
 

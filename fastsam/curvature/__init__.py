@@ -1,8 +1,8 @@
 """Curvature of the loss: Hessian-vector products, eigenpairs, trace, spectral density, alignment.
 
     >>> from fastsam import curvature
-    >>> pairs = curvature.top_eigenpairs(lambda: loss_fn(model(x), y), model, k=5)             # doctest: +SKIP
-    >>> curvature.trace(lambda batch: loss_fn(model(batch[0]), batch[1]), model, batches=loader)   # doctest: +SKIP
+    >>> pairs = curvature.top_eigenpairs(lambda: loss_fn(model(x), y), model, k=5)
+    >>> trace = curvature.trace(lambda batch: loss_fn(model(batch[0]), batch[1]), model, batches=loader)
 
 Everything works where a backward pass does: on the CPU, on compiled models, with fused attention. Weights, buffers,
 gradients, training flags and random generators are afterwards exactly what they were.
@@ -22,7 +22,7 @@ from fastsam.curvature.monitor import CurvatureMonitor
 from fastsam.curvature.plot import draw_density, draw_panels
 from fastsam.curvature.products import Hessian, hessian_vector_product
 from fastsam.curvature.solvers import Eigenpairs, lanczos, power_iteration
-from fastsam.frozen import Frozen
+from fastsam.loop.frozen import Frozen
 
 __all__ = [
     "Chunks",

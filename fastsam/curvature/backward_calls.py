@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+Tensors = Tensor | Sequence[Tensor] | GradientEdge | Sequence[GradientEdge]
 _LOCK = threading.RLock()  # one replacement at a time, or one would be left behind
 
 
@@ -32,7 +35,13 @@ def backward_calls(see: Callable[[Tensor], bool]) -> Iterator[None]:
 
         @torch._disable_dynamo  # a compiled closure breaks its graph at backward() anyway
         @functools.wraps(original)
-        def backward(tensors, grad_tensors=None, retain_graph=None, *args, **kwargs):
+        def backward(
+            tensors: Tensors,
+            grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+            retain_graph: bool | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
             nonlocal busy
             if busy or threading.get_ident() != owner:  # a pass within a pass, as of reentrant checkpoints
                 return original(tensors, grad_tensors, retain_graph, *args, **kwargs)
@@ -52,16 +61,17 @@ def backward_calls(see: Callable[[Tensor], bool]) -> Iterator[None]:
             torch.autograd.backward = original
 
 
-def _scalar(tensors, grad_tensors) -> Tensor | None:
+def _scalar(tensors: Tensors, grad_tensors: Tensor | Sequence[Tensor | None] | None) -> Tensor | None:
     """sum <tensor, grad_tensor>, or None for what backward() itself is about to refuse."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if grad_tensors is None or isinstance(grad_tensors, Tensor):
-        grad_tensors = [grad_tensors] * len(tensors)
-    if not all(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        grad_tensors = [grad_tensors] * len(given)
+    roots = [t for t in given if isinstance(t, Tensor) and t.requires_grad]
+    if len(roots) < len(given):
         return None
     with torch.enable_grad():
         parts = []
-        for t, g in zip(tensors, grad_tensors, strict=False):
+        for t, g in zip(roots, grad_tensors, strict=False):
             if g is None and t.numel() != 1:
                 return None
             parts.append(t.sum() if g is None else (t * g.detach()).sum())

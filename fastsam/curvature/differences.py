@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from fastsam import kernels
-from fastsam.checks import describe
 from fastsam.curvature.evaluations import Evaluations
 from fastsam.curvature.vectors import Vectors
-from fastsam.distributed import local, shard_groups
-from fastsam.flat import FlatSpace
-from fastsam.frozen import Frozen
-from fastsam.interrupts import uninterrupted
+from fastsam.distributed.shards import local, shard_groups
+from fastsam.flat.space import FlatSpace
 from fastsam.kernels import Ascent
+from fastsam.loop.frozen import Frozen
+from fastsam.support.checks import describe
+from fastsam.support.interrupts import uninterrupted
 
 #: First move of a finite difference, as a share of ||w|| eps^(1/2).
 RADIUS = 0.03
@@ -127,7 +127,7 @@ class Differences:
                     space.use_gradients([None] * len(space.params))
             torch.clear_autocast_cache()
 
-    def _direction(self, v, p: Tensor, space: FlatSpace) -> Tensor | None:
+    def _direction(self, v: Tensor | dict[Tensor, Tensor], p: Tensor, space: FlatSpace) -> Tensor | None:
         if p not in self._vectors.offsets:
             return None
         part = self._vectors.part(v, p)

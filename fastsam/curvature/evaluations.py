@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.curvature.backward_calls import backward_calls
-from fastsam.distributed import local, local_gradient, processes
-from fastsam.frozen import Frozen
+from fastsam.distributed.ranks import processes
+from fastsam.distributed.shards import local, local_gradient
+from fastsam.flat.flatten import drop_cleared
+from fastsam.loop.frozen import Frozen
 
 
 class Evaluations:
@@ -71,11 +74,10 @@ class Evaluations:
         for loss, samples in self.losses():
             (loss if self.one_batch else loss * samples).backward()
             total.add(loss, samples)
-        loss = total.value
         for p in self._params:
             if p.grad is not None and not self.one_batch:
                 p.grad /= total.samples
-        return loss
+        return total.value
 
     def add_gradients(self, out: Tensor, part: Callable[[Tensor, Tensor], Tensor], scale: float) -> None:
         """out <- out + scale g, and frees the gradients."""
@@ -111,11 +113,12 @@ class Evaluations:
             loss = self._loss_fn()
         if loss is None:
             raise TypeError("the closure returned None: it must return the loss after loss.backward()")
+        drop_cleared(self._params)
         if all(p.grad is None for p in self._params):
             raise RuntimeError("the closure left no gradients: it must call loss.backward() before it returns the loss")
         return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
-    def _checked(self, loss) -> Tensor:
+    def _checked(self, loss: object) -> Tensor:
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss_fn returned {type(loss).__name__}: it must return the loss as a tensor")
         if loss.numel() != 1:
@@ -160,7 +163,7 @@ class Mean:
         return self._sum / self.samples
 
 
-def batch_size(batch) -> int:
+def batch_size(batch: Any) -> int:
     """Samples in a batch: the length of the first tensor found in a tensor, sequence or mapping."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsam.curvature.evaluations import Evaluations, Mean
 from fastsam.curvature.vectors import Vectors
-from fastsam.flatten import flat_gradients
+from fastsam.flat.flatten import is_cleared
 
 
 class NoSecondDerivative(Exception):
@@ -40,6 +41,7 @@ class Exact:
         if self._evaluations.closure:
             self._add_products_of_closure(out, vectors)
         elif self._graph is not None or self._open_graph():
+            assert self._graph is not None
             self._add_products(out, self._graph, vectors, keep=True)
         else:
             mean = Mean()
@@ -54,6 +56,7 @@ class Exact:
         """The gradient, a new vector (n,), where the next product needs it anyway; else None."""
         if self._graph is None and not self._open_graph():
             return None
+        assert self._graph is not None
         out = self._vectors.zeros()
         for p, g in zip(self._params, self._graph, strict=True):
             if g is not None:
@@ -102,8 +105,7 @@ class Exact:
                 raise failure
             finally:
                 failure = None  # it holds this frame, which would hold it, and the graph
-        # flattened gradients may be there without a backward pass: as zeros
-        if any((p.grad is not None) != (p in seen) and (p in seen or p not in flat_gradients) for p in self._params):
+        if any(is_cleared(p) == (p in seen) for p in self._params):
             raise NoSecondDerivative("the closure's gradients are not those of the losses that it calls backward() on")
         for p in self._params:
             p.grad = None
@@ -149,13 +151,14 @@ def _second_derivative() -> Iterator[None]:
 
 def _hidden(loss: Tensor) -> str | None:
     """Why double backward would leave out a part of the second derivative without a word, or None if it would not."""
-    nodes, met = [loss.grad_fn], set()
+    nodes = [] if loss.grad_fn is None else [loss.grad_fn]
+    met = set()
     while nodes:
         node = nodes.pop()
         if node.name() == "CheckpointFunctionBackward":  # its part of the graph is made in a backward pass
             return "reentrant checkpoints hide parameters: say use_reentrant=False"
-        function = getattr(node, "_forward_cls", None)
-        backward = getattr(function, "backward", None)
+        function: Any = getattr(node, "_forward_cls", None)
+        backward: Any = getattr(function, "backward", None)
         if hasattr(backward, "__wrapped__") and backward.__globals__["__name__"] == "torch.autograd.function":
             return f"{function.__name__} is once_differentiable"
         following = [n for n, _ in node.next_functions if n is not None and n not in met]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastsam.distributed import local, shard_groups
+from fastsam.distributed.shards import local, shard_groups
 
 _BLOCK = 1 << 18  # elements that a sum forms in the vectors' precision before it goes on in float64
 

@@ -11,21 +11,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fastsam.curvature.evaluations import batch_size
-from fastsam.curvature.products import Hessian
+from fastsam.curvature.products import Hessian, MeasureOptions
 from fastsam.curvature.solvers import Eigenpairs, Krylov, lanczos, power_iteration
 
 SOLVERS = ("lanczos", "power")
 
 
 def top_eigenpairs(
-    loss_fn,
-    params,
+    loss_fn: Callable[..., Tensor],
+    params: nn.Module | Iterable[Tensor],
     k: int = 1,
     *,
     which: str = "largest",
@@ -36,7 +39,7 @@ def top_eigenpairs(
     start: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[], object] | None = None,
-    **options,
+    **options: Unpack[MeasureOptions],
 ) -> Eigenpairs:
     """``k`` eigenpairs of the Hessian, ``which`` of :func:`~fastsam.curvature.lanczos`'s ends they are from.
 
@@ -52,8 +55,9 @@ def top_eigenpairs(
     The Hessian of a linear loss is zero: its eigenvalues are 0 and their residuals too.
 
     Example:
-        >>> pairs = top_eigenpairs(lambda: loss_fn(model(x), y), model, k=5)      # doctest: +SKIP
-        >>> pairs.eigenvalues, pairs.residuals                                    # doctest: +SKIP
+        >>> pairs = top_eigenpairs(lambda: loss_fn(model(x), y), model, k=5)
+        >>> pairs.eigenvalues.shape, pairs.residuals.shape
+        (torch.Size([5]), torch.Size([5]))
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} is unknown: choose one of {', '.join(SOLVERS)}")
@@ -87,14 +91,14 @@ class Trace:
 
 
 def trace(
-    loss_fn,
-    params,
+    loss_fn: Callable[..., Tensor],
+    params: nn.Module | Iterable[Tensor],
     *,
     probes: int = 30,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[], object] | None = None,
-    **options,
+    **options: Unpack[MeasureOptions],
 ) -> Trace:
     """The Hessian's trace, from ``probes`` products with vectors z of random signs: E[z'Hz] = tr H.
 
@@ -155,8 +159,8 @@ class SpectralDensity:
 
 
 def spectral_density(
-    loss_fn,
-    params,
+    loss_fn: Callable[..., Tensor],
+    params: nn.Module | Iterable[Tensor],
     *,
     probes: int = 5,
     steps: int = 50,
@@ -164,7 +168,7 @@ def spectral_density(
     points: int = 1000,
     generator: torch.Generator | None = None,
     progress: Callable[[], object] | None = None,
-    **options,
+    **options: Unpack[MeasureOptions],
 ) -> SpectralDensity:
     """The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
 
@@ -179,15 +183,14 @@ def spectral_density(
     with Hessian(loss_fn, params, **options) as hessian:
         product = _told(hessian.product, progress)
         steps = min(steps, hessian.inner.dimension or hessian.numel)
-        nodes, weights = [], []
+        found: list[tuple[Tensor, Tensor]] = []
         for _ in range(probes):
             space = Krylov(product, hessian.random(generator), steps, hessian.inner)
             for _ in range(steps):
                 space.extend()
             theta, s = space.ritz()
-            nodes.append(theta)
-            weights.append(s[0].square())
-    nodes, weights = torch.stack(nodes), torch.stack(weights)
+            found.append((theta, s[0].square()))
+    nodes, weights = (torch.stack(parts) for parts in zip(*found, strict=True))
     low, high = float(nodes.min()), float(nodes.max())
     sigma = sigma or 0.01 * (high - low) or 1e-3 * abs(high) or 1e-6
     grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)
@@ -213,8 +216,17 @@ def alignment(direction: Iterable[Tensor], eigenvector: Iterable[Tensor]) -> flo
     return min(abs(ab) / math.sqrt(aa * bb), 1.0) if aa > 0 and bb > 0 else 0.0
 
 
+class Climbs(Protocol):
+    """An optimizer of fastsam."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def perturbed(self) -> AbstractContextManager[None]: ...
+
+
 @torch.no_grad()
-def perturbation(optimizer) -> list[Tensor]:
+def perturbation(optimizer: Climbs) -> list[Tensor]:
     """The e that a fastsam optimizer would add to the weights, from the gradients in ``.grad``; one tensor each.
 
     The weights are back afterwards, bit for bit. It costs one vector. Raises what ``first_step`` raises.
@@ -234,7 +246,7 @@ class Chunks:
     mean over samples the result is that of the whole batch; with BatchNorm in training mode it is not.
     """
 
-    def __init__(self, batch, size: int) -> None:
+    def __init__(self, batch: Any, size: int) -> None:
         if size < 1:
             raise ValueError(f"size={size} must be at least 1 sample")
         self._batch, self._size, self._samples = batch, size, batch_size(batch)
@@ -247,7 +259,7 @@ class Chunks:
             yield _slice(self._batch, begin, begin + self._size)
 
 
-def _slice(batch, begin: int, end: int):
+def _slice(batch: Any, begin: int, end: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[begin:end]
     if isinstance(batch, Mapping):

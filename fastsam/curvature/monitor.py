@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,10 @@ class CurvatureMonitor:
         append: go on with a file that is there.
 
     Example:
-        >>> monitor = CurvatureMonitor(optimizer, "curvature.csv", every=100)      # doctest: +SKIP
-        >>> for x, y in loader:                                                    # doctest: +SKIP
-        ...     monitor(lambda: loss_fn(model(x), y))
-        ...     ...  # the step
+        >>> monitor = CurvatureMonitor(optimizer, "curvature.csv", every=100)
+        >>> for x, y in loader:
+        ...     row = monitor(lambda: loss_fn(model(x), y))  # None where none is due
+        ...     loss = optimizer.step(closure)
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class CurvatureMonitor:
         every: int = 100,
         *,
         model: nn.Module | None = None,
-        writer=None,
+        writer: Any = None,
         products: int = 30,
         tolerance: float = 1e-2,
         method: str = "auto",
@@ -74,8 +75,7 @@ class CurvatureMonitor:
         if not 0 <= rho < math.inf:
             raise ValueError(f"rho={rho!r} must be a finite number, at least 0")
         self._optimizer, self._every, self._model, self._rho = optimizer, every, model, rho
-        self._solver = {"products": products, "tolerance": tolerance}
-        self._options = {"method": method, "eval_mode": eval_mode}
+        self._products, self._tolerance, self._method, self._eval_mode = products, tolerance, method, eval_mode
         self._report = _reporter(writer)
         self._calls = 0
         self._vector: Tensor | None = None
@@ -110,10 +110,10 @@ class CurvatureMonitor:
     def measure(self, loss_fn: Callable[[], Tensor]) -> dict[str, float]:
         """One measurement, written nowhere."""
         params = [p for group in self._optimizer.param_groups for p in group["params"]]
-        with Hessian(loss_fn, params, model=self._model, **self._options) as hessian:
+        with Hessian(loss_fn, params, model=self._model, method=self._method, eval_mode=self._eval_mode) as hessian:
             start = self._vector if self._vector is not None else hessian.start()
-            pairs = lanczos(hessian.product, start, 1, "largest", **self._solver, inner=hessian.inner)
-            self._options["method"] = hessian.method  # what "auto" came to
+            pairs = lanczos(hessian.product, start, 1, "largest", self._products, self._tolerance, inner=hessian.inner)
+            self._method = hessian.method  # what "auto" came to
             self._vector = v = pairs.vectors[0]
             loss, g = hessian.gradient()
             e = self._perturbation(hessian, params, g)
@@ -140,7 +140,7 @@ class CurvatureMonitor:
             for p in params:
                 p.grad = None
 
-    def _write(self, row) -> None:
+    def _write(self, row: Iterable[object]) -> None:
         with open(self.path, "a", newline="") as file:
             csv.writer(file).writerow(row)
 
@@ -151,12 +151,12 @@ def _cosine(hessian: Hessian, a: Tensor, b: Tensor) -> float:
     return min(abs(hessian.inner.dot(a, b)) / lengths, 1.0) if lengths > 0 else 0.0
 
 
-def _reporter(writer) -> Callable[[dict], None]:
+def _reporter(writer: Any) -> Callable[[dict], None]:
     if writer is None:
         return lambda row: None
     if hasattr(writer, "add_scalar"):  # TensorBoard
 
-        def report(row):
+        def report(row: dict) -> None:
             for name in FIELDS[1:]:
                 writer.add_scalar(f"curvature/{name}", row[name], row["step"])
 

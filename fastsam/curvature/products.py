@@ -14,23 +14,50 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from fastsam.curvature.differences import Differences
 from fastsam.curvature.evaluations import Evaluations
 from fastsam.curvature.exact import Exact, NoSecondDerivative
 from fastsam.curvature.inner import Inner
 from fastsam.curvature.vectors import Vectors
-from fastsam.distributed import data_parallel, processes
-from fastsam.flat import FlatSpace
-from fastsam.frozen import Frozen
+from fastsam.distributed.ranks import data_parallel, processes
+from fastsam.flat.space import FlatSpace
+from fastsam.loop.frozen import Frozen
 
 METHODS = ("auto", "exact", "finite-difference")
 
 
-def hessian_vector_product(loss_fn, params, v, *, method: str = "auto", **options) -> list[Tensor]:
+class HessianOptions(TypedDict, total=False):
+    """The options of every measurement, but ``method``; see :class:`Hessian`."""
+
+    batches: Iterable | None
+    closure: bool
+    loss_scale: float
+    radius: float | None
+    eval_mode: bool
+    model: nn.Module | None
+    spaces: list[FlatSpace] | None
+
+
+class MeasureOptions(HessianOptions, total=False):
+    """The options of every measurement; see :class:`Hessian`."""
+
+    method: str
+
+
+def hessian_vector_product(
+    loss_fn: Callable[..., Tensor],
+    params: nn.Module | Iterable[Tensor],
+    v: Iterable[Tensor],
+    *,
+    method: str = "auto",
+    **options: Unpack[HessianOptions],
+) -> list[Tensor]:
     """Hv for the Hessian H of the loss at the present weights, as tensors shaped like the parameters.
 
     Args:
@@ -133,7 +160,7 @@ class Hessian:
         self._open = True
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._open = False
         self._exact.forget()
         self._frozen.__exit__(*exception)
@@ -191,11 +218,9 @@ class Hessian:
     def product(self, v: Tensor | list[Tensor]) -> Tensor:
         """Hv as a new vector (n,), for a vector (n,) or a tensor for each parameter."""
         self._check_open()
-        if not isinstance(v, Tensor):
-            v = self._vectors.laid_out(v)
-        elif v.shape != (self.numel,):
+        if isinstance(v, Tensor) and v.shape != (self.numel,):
             raise ValueError(f"the vector has shape {tuple(v.shape)}: it must be ({self.numel},)")
-        h = self._product(v)
+        h = self._product(v if isinstance(v, Tensor) else self._vectors.laid_out(v))
         self.products += 1
         if not math.isfinite(self.inner.dot(h, h)):
             raise FloatingPointError(
@@ -220,22 +245,24 @@ class Hessian:
             p.grad = None
         return loss
 
-    def _exact_product(self, v) -> Tensor:
+    def _exact_product(self, v: Tensor | dict[Tensor, Tensor]) -> Tensor:
         if self._replicas is None:
             return self._exact.product(v)
-        return self._mean_product(v, self._replicas.process_group)
+        return self._mean_product(v, self._replicas)
 
-    def _mean_product(self, v, group) -> Tensor:
+    def _mean_product(self, v: Tensor | dict[Tensor, Tensor], replicas: nn.parallel.DistributedDataParallel) -> Tensor:
         """Every replica of a DistributedDataParallel model forms the product of its own loss; then the mean."""
-        h = reason = None
+        group = replicas.process_group
+        h: Tensor | None = None
+        reason = None
         try:
-            with self._replicas.no_sync():
+            with replicas.no_sync():
                 h = self._exact.product(v)
         except NoSecondDerivative as error:
             reason = str(error)
         failures = torch.tensor([float(reason is not None)], device=self._vectors.device)
         torch.distributed.all_reduce(failures, group=group)
-        if failures.item():  # one without a product (no memory, say) is one too few for the mean
+        if failures.item() or h is None:  # one without a product (no memory, say) is one too few for the mean
             raise NoSecondDerivative(reason or "another process found none")
         torch.distributed.all_reduce(h, group=group)
         return h.div_(torch.distributed.get_world_size(group))
@@ -249,7 +276,7 @@ class Hessian:
         reason = reason.split("\n")[0].rstrip(".")
         warnings.warn(f"Hessian-vector products by finite differences: {reason}", RuntimeWarning, stacklevel=4)
 
-    def _product(self, v) -> Tensor:
+    def _product(self, v: Tensor | dict[Tensor, Tensor]) -> Tensor:
         if self.method == "finite-difference":
             return self._differences.product(v)
         try:

@@ -154,12 +154,13 @@ class Krylov:
         length = inner.norm(start)
         if not (0 < length < math.inf):
             raise ValueError("the start vector of Lanczos must be finite and not zero")
-        self._next = start / length
+        self._next: Tensor | None = start / length
 
     def extend(self) -> None:
         """One product: puts the next vector into the basis and finds the one after it."""
         j = self.size
         q = self.vectors[j]
+        assert self._next is not None
         q.copy_(self._next)
         self._next = None  # its memory serves the product
         h = self._product(q)

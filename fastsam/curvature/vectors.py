@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastsam.curvature.inner import counted_first
-from fastsam.distributed import distributed_like, local, placed_like, processes
+from fastsam.distributed.ranks import processes
+from fastsam.distributed.shards import distributed_like, local, placed_like
 
 
 class Vectors:

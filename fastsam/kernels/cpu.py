@@ -12,12 +12,12 @@ import time
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace
+from fastsam.flat.space import FlatSpace
 from fastsam.kernels import Ascent, Descent
-from fastsam.kernels.torch import all_finite, carried, clip_coefficient
+from fastsam.kernels.torch import all_finite, carried, clip_coefficient, mixtures_of
 
 try:
-    from fastsam import _cpu
+    from fastsam import _cpu  # type: ignore[attr-defined]
 except ImportError as error:
     _cpu = None
     _import_error = str(error)
@@ -32,7 +32,7 @@ DECIDES_ON_HOST = True
 def unavailable() -> str | None:
     if _cpu is not None:
         return None
-    from fastsam._build import reason
+    from fastsam.support.build import reason
 
     return reason("cpu") or _import_error
 
@@ -71,9 +71,11 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
     values = sums.tolist()
     finite = all_finite(values)
+    assert ascent.coefficients is not None
+    dd, dv, vv = values
     groups = []
     for g in ascent.groups:
-        c_d, c_v = ascent.coefficients(*values, g) if finite else (0.0, 0.0)
+        c_d, c_v = ascent.coefficients(dd, dv, vv, g) if finite else (0.0, 0.0)
         groups.append((c_d, c_v, g.get("sigma", 0.0), g.get("lmbda", 0.0), g["adaptive"]))
     _cpu.climb(
         space.table.rows,  # as gram left them
@@ -101,6 +103,8 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
             for g in descent.groups
         ],
         *_scale_and_limit(descent, sums),
+        *_mixing(descent, sums),
+        descent.rounding or (),
         torch.get_num_threads(),
     )
 
@@ -129,6 +133,8 @@ def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
             for g in descent.groups
         ],
         *_scale_and_limit(descent, sums),
+        *_mixing(descent, sums),
+        descent.rounding or (),
         torch.get_num_threads(),
     )
 
@@ -158,9 +164,15 @@ def bandwidth(reads: int, writes: int, numel: int, threads: int | None = None, i
 def _scale_and_limit(descent: Descent, sums: Tensor) -> tuple[float, float]:
     """What every gradient is multiplied by, and the magnitude it is then limited to."""
     scale = float(descent.grad_scale)
-    if descent.max_norm is not None:
+    if descent.max_norm is not None and descent.mixtures is None:
         scale *= clip_coefficient(descent.max_norm, sums[0].item())
     return scale, math.inf if descent.clip_value is None else descent.clip_value
+
+
+def _mixing(descent: Descent, sums: Tensor) -> tuple[list, int, int]:
+    """The groups' mixtures (none where the base optimizer takes g itself), s, and where it goes on."""
+    mixtures = mixtures_of(descent, sums.tolist())
+    return ([], 0, 0) if mixtures is None else (mixtures, _address(descent.stored), _address(descent.stored_next))
 
 
 def _table(space: FlatSpace, started=(), bit: int = 0, merge: bool = True):
@@ -177,13 +189,22 @@ class _Table:
     """The compiled table, and what it was last given: the same is not sent twice."""
 
     def __init__(self, space: FlatSpace) -> None:
-        self.rows = _cpu.Table(_DTYPES[space.dtype], space.offsets, space.sizes, space.groups, space.joined)
-        self._addresses = self._dtypes = None
+        self.rows = _cpu.Table(
+            _DTYPES[space.dtype],
+            _DTYPES[space.state_dtype],
+            space.offsets,
+            space.first,
+            space.sizes,
+            space.groups,
+            space.joined,
+        )
+        self._addresses: tuple[bytes, bytes] | None = None
+        self._dtypes: tuple[torch.dtype, ...] | None = None
 
     def refresh(self, space: FlatSpace, flags: bytes, merge: bool):
         if self._dtypes is not space.gradient_dtypes:
             self._dtypes = space.gradient_dtypes
-            self.rows.set_gradient_types([_DTYPES[d] for d in self._dtypes])
+            self.rows.set_gradient_types([_DTYPES[d] for d in space.gradient_dtypes])
         addresses = space.weights, space.gradient_addresses
         if self._addresses != addresses:
             self._addresses = addresses

@@ -5,7 +5,7 @@ Built with the package where ``nvcc`` is found. As in ``kernels/triton.py``, a l
 wait. The sums of ``gram`` are added in an order that depends on the number of chunks alone.
 
 Under ``FASTSAM_CUDA_ON_HOST=1`` the same code runs on CPU tensors, block after block: slow, for tests, and without
-a GPU or driver. Barriers and the memory that threads share are tested apart (tests/test_cuda_concurrency.py).
+a GPU or driver. Barriers and the memory that threads share are tested apart (tests/kernels/test_cuda_concurrency.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace
+from fastsam.flat.space import FlatSpace
 from fastsam.kernels import device
 from fastsam.kernels.launches import climb, descend_adam, descend_sgd, gram, restore  # noqa: F401  the passes
 
 try:
-    from fastsam import _cuda
+    from fastsam import _cuda  # type: ignore[attr-defined]
 except ImportError as error:
     _cuda = None
     _import_error = str(error)
@@ -33,7 +33,7 @@ DECIDES_ON_HOST = False
 
 def unavailable() -> str | None:
     if _cuda is None:
-        from fastsam._build import reason
+        from fastsam.support.build import reason
 
         return reason("cuda") or _import_error
     return None if _on_host() else _no_gpu()
@@ -63,9 +63,10 @@ def _where(space: FlatSpace, layout: device.Layout) -> tuple:
     return (
         *layout.tables,
         device.DTYPES[space.dtype],
+        device.DTYPES[space.state_dtype],
         space.mixed,
         where.index or 0,
-        torch.cuda.current_stream(where).cuda_stream if where.type == "cuda" else None,
+        torch._C._cuda_getCurrentRawStream(where.index) if where.type == "cuda" else None,
     )
 
 

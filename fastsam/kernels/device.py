@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace, packed
+from fastsam.flat.space import FlatSpace, packed
+from fastsam.kernels import Mixture
 
 #: How a kernel tells dtypes apart at run time.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 #: The columns of a row, all int64: addresses, then what the kernels need to know of the elements.
-ROW = ("weight", "gradient", "offset", "size", "group", "param", "climbed", "gradient_type")
+ROW = ("weight", "gradient", "offset", "size", "group", "param", "climbed", "gradient_type", "first")
 
 #: The columns of a chunk, all int64: its row, its first element within the row, its number of elements.
 CHUNK = ("row", "begin", "count")
@@ -35,8 +36,14 @@ ASCENT = ("rho", "alpha", "sigma", "lmbda", "adaptive")
 SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 ADAM = ("lr", "beta1", "beta2", "log2_beta1", "log2_beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
 
+#: What the second side makes of gradient and stored vector, a line for each group.
+MIXTURE = Mixture._fields
+
 #: What becomes of gradients as they are read: scaled, clipped to a global norm, limited in magnitude.
 SCALING = ("grad_scale", "max_norm", "clip_value")
+
+#: What stochastic rounding draws by, besides the number of an element: whole numbers below 2^32.
+ROUNDING = ("first_key", "second_key")
 
 _SMALLEST_CHUNK = 8192  # elements
 _MOST_CHUNKS = 16384  # of whole chunks: their partial sums are added by one program
@@ -45,7 +52,7 @@ _KEPT_LAYOUTS = 8  # two passes, merged or not, with gradients that return to a 
 
 @dataclass(frozen=True)
 class Layout:
-    """The tables of one launch: int64 tensors of shape [rows, 8] and [programs, 3]."""
+    """The tables of one launch: int64 tensors of shape [rows, 9] and [programs, 3]."""
 
     rows: Tensor
     chunks: Tensor
@@ -81,7 +88,8 @@ class DeviceTable:
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)[:, :3].unbind()
         self._layouts: OrderedDict[tuple, Layout] = OrderedDict()
         self._chunks: dict[tuple, Tensor] = {}
-        self._hyper: dict[tuple[str, int], tuple[list, Tensor]] = {}
+        self._hyper: dict[tuple[str, int], tuple[Sequence[Sequence], Tensor]] = {}
+        self._captured: dict[tuple[str, int], Sequence[Sequence]] = {}  # the numbers beside what a CUDA graph computes
         self._blank: dict[int, set[int]] = {}
 
     def layout(self, space: FlatSpace, merged: bool = True, gradients: bool = True) -> Layout:
@@ -114,13 +122,15 @@ class DeviceTable:
             self.recording.kept.append(found)
         return found
 
-    def hyper(self, name: str, lines: Sequence[Sequence], repeated: bool = False) -> Tensor:
+    def hyper(self, name: str, lines: Sequence[Sequence], repeated: bool = False, of_step: bool = False) -> Tensor:
         """The table of hyper-parameters called ``name``: float64, one line for each group.
 
         Entries are numbers, or 0-dimensional tensors, which are copied on the device and never read by the host. In a
         CUDA graph nothing is written but what is ``repeated`` with it: the rest is brought up to date before a replay.
+        What differs ``of_step`` to step may do so in a capture, too.
         """
-        numbers, copied = lines, {}
+        numbers: Sequence[Sequence] = lines
+        copied: dict[tuple[int, int], Tensor] = {}
         if any(isinstance(x, Tensor) for line in lines for x in line):
             copied = {
                 (i, j): x
@@ -133,20 +143,34 @@ class DeviceTable:
                 for i, line in enumerate(lines)
             ]
         key = (name, len(lines))
+        if of_step and self.recording is not None:
+            numbers = self._hyper[key][0]
+        table = self._numbers(key, numbers)
+        if self.recording is not None:
+            self.recording.kept.append(table)
+            if repeated:
+                self._captured[key] = numbers
+        if self.recording is None or repeated:
+            for (i, j), x in copied.items():
+                table[i, j].copy_(x, non_blocking=True)
+        return table
+
+    def numbers_as_captured(self) -> None:
+        """Before a replay: a step since the capture may have put other numbers beside what the graph computes."""
+        for key, numbers in self._captured.items():
+            self._numbers(key, numbers)
+
+    def _numbers(self, key: tuple[str, int], numbers: Sequence[Sequence]) -> Tensor:
+        """The table of that name and length, uploaded if its numbers differ; those that are copied later are None."""
         last, table = self._hyper.get(key, (None, None))
         if table is None:
-            table = torch.empty(len(lines), len(lines[0]), dtype=torch.float64, device=self.device)
+            table = torch.empty(len(numbers), len(numbers[0]), dtype=torch.float64, device=self.device)
         if numbers != last:
             if self.recording is not None:
                 raise RuntimeError("a hyper-parameter changed within the captured step: change it between steps")
             values = [[0.0 if x is None else x for x in line] for line in numbers]
             self.upload(torch.tensor(values, dtype=torch.float64, device="cpu"), table)
             self._hyper[key] = (numbers, table)
-        if self.recording is not None:
-            self.recording.kept.append(table)
-        if self.recording is None or repeated:
-            for (i, j), x in copied.items():
-                table[i, j].copy_(x, non_blocking=True)
         return table
 
     def blank(self, space: FlatSpace, flat: Tensor, started: Sequence[bool], value: float) -> None:
@@ -258,33 +282,34 @@ def chunk_size(numel: int) -> int:
 
 
 def build_rows(space: FlatSpace, addresses: bytes, merged: bool) -> Tensor:
-    """The rows, int64 [rows, 8] with the columns of :data:`ROW`: parameters with a gradient or a backup.
+    """The rows, int64 [rows, 9] with the columns of :data:`ROW`: parameters with a gradient or a backup.
 
     ``merged`` makes one row of adjacent ones and leaves out those without elements.
     """
     n = len(space.params)
     kinds = [DTYPES[t] for t in space.gradient_dtypes]
-    columns = (space.weights, addresses, space.offsets, space.sizes, space.groups, range(n), space.climbed, kinds)
+    places = (space.weights, addresses, space.offsets, space.sizes)
+    columns = (*places, space.groups, range(n), space.climbed, kinds, space.first)
     entries = array("q", bytes(8 * len(ROW) * n))  # to torch.tensor, numbers come one by one, at four times the price
     for i, column in enumerate(columns):
         entries[i :: len(ROW)] = array("q", column)
     rows = torch.frombuffer(entries, dtype=torch.int64).view(n, len(ROW))
     if space.some_empty or not all(array("q", addresses)):
-        _, gradient, _, size, _, _, climbed, _ = rows.unbind(1)
+        _, gradient, _, size, _, _, climbed, _, _ = rows.unbind(1)
         rows = rows[(size > 0) & (gradient + climbed > 0) if merged else (gradient > 0) | (size * climbed > 0)]
     return _merged(rows, space) if merged and any(space.joined) and len(rows) else rows
 
 
 def _merged(rows: Tensor, space: FlatSpace) -> Tensor:
     """Rows that continue the one before them, in memory and in all else, become part of it."""
-    weight, gradient, offset, size, group, param, climbed, kind = rows.unbind(1)
+    weight, gradient, offset, size, group, param, climbed, kind, first_number = rows.unbind(1)
     gradient_bytes = size * torch.tensor([t.itemsize for t in DTYPES], device="cpu")[kind]
 
     def grows(column: Tensor, by) -> Tensor:
         return column[1:] == (column + by)[:-1]
 
     continues = grows(param, 1) & torch.tensor(space.joined, device="cpu")[param[1:]]
-    continues &= grows(weight, size * space.dtype.itemsize) & grows(offset, size)
+    continues &= grows(weight, size * space.dtype.itemsize) & grows(offset, size) & grows(first_number, size)
     continues &= grows(gradient, gradient_bytes * (gradient > 0))
     continues &= grows(group, 0) & grows(climbed, 0) & grows(kind, 0)
     first = torch.cat([torch.tensor([True], device="cpu"), ~continues])

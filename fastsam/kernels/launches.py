@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace
-from fastsam.kernels import Ascent, Descent
+from fastsam.flat.space import FlatSpace
+from fastsam.kernels import Ascent, Descent, Scalar
 from fastsam.kernels.device import SGD, on_device, table_of
 
 
@@ -83,8 +83,10 @@ def refresh(space: FlatSpace, ascent: Ascent | None, descend: str, descent: Desc
     """What a replay of a step's launches needs of the host: hyper-parameters as they are now, and marks.
 
     ``descend`` is the name of the second pass's function, ``updated`` says which parameters have gradients in the
-    step. In the order of the current stream, so before a replay there and after the one before it.
+    step. In the order of the current stream, so before a replay there and after the one before it. What depends on
+    sums, coefficients and mixtures, is in the replay itself.
     """
+    table_of(space).numbers_as_captured()
     if ascent is not None:
         _mark_ascent(space, ascent)
         _ascent_groups(space, ascent)
@@ -93,6 +95,7 @@ def refresh(space: FlatSpace, ascent: Ascent | None, descend: str, descent: Desc
             table_of(space).written(ascent.ema_next, updated)
     {"descend_sgd": _sgd_groups, "descend_adam": _adam_groups}[descend](space, descent, updated)
     _descent_scaling(space, descent)
+    _rounding(space, descent)
 
 
 def closed_form(ascent: Ascent) -> bool:
@@ -112,11 +115,22 @@ def ascent_lines(ascent: Ascent, sums: Tensor | None) -> list[tuple]:
     """The groups' lines for the first pass; with ``sums``, a method's own coefficients computed on the device."""
     lines = []
     for g in ascent.groups:
-        pair = g.get("rho", 0.0), g.get("alpha", 0.0)  # without any v, <d,v> is 0 and so is its sign
+        pair: tuple[Scalar, Scalar] = (
+            g.get("rho", 0.0),
+            g.get("alpha", 0.0),
+        )  # without any v, <d,v> is 0 and so is its sign
         if sums is not None and not closed_form(ascent):
-            pair = ascent.coefficients(*sums.unbind(), g)
+            assert ascent.coefficients is not None
+            dd, dv, vv = sums.unbind()
+            pair = ascent.coefficients(dd, dv, vv, g)
         lines.append((*pair, g.get("sigma", 0.0), g.get("lmbda", 0.0), g.get("adaptive", False)))
     return lines
+
+
+def mixture_lines(descent: Descent, sums: Tensor) -> list[tuple]:
+    """The groups' mixtures, computed on the device from the sums there."""
+    assert descent.mixtures is not None
+    return [tuple(descent.mixtures(sums.unbind(), g)) for g in descent.groups]
 
 
 def sgd_lines(groups: Sequence[dict]) -> list[tuple]:
@@ -185,11 +199,21 @@ def _adam_groups(space: FlatSpace, descent: Descent, updated: Sequence[bool]) ->
 
 
 def _descent_scaling(space: FlatSpace, descent: Descent) -> Tensor:
-    line = scaling_line(descent.grad_scale, descent.max_norm, descent.clip_value)
+    max_norm = descent.max_norm if descent.mixtures is None else None
+    line = scaling_line(descent.grad_scale, max_norm, descent.clip_value)
     return table_of(space).hyper("descent scaling", line)
 
 
+def _rounding(space: FlatSpace, descent: Descent) -> Tensor | None:
+    return None if descent.rounding is None else table_of(space).hyper("rounding", [descent.rounding], of_step=True)
+
+
 def _descent_tensors(space: FlatSpace, descent: Descent, sums: Tensor) -> tuple[Tensor | None, ...]:
-    """What both descents take: scaling, sums, backup, m and the m that climb wrote."""
+    """What both descents take: scaling, sums, backup, m, the m that climb wrote, mixtures, s, where s goes on, keys."""
     backup = space.buffer("backup").flat if any(space.climbed) else None
-    return _descent_scaling(space, descent), sums, backup, descent.ema, descent.ema_next
+    averages = (descent.ema, descent.ema_next)
+    mixing: tuple[Tensor | None, ...] = (None, None, None)
+    if descent.mixtures is not None:
+        mixtures = table_of(space).hyper("mixture", mixture_lines(descent, sums), repeated=True)
+        mixing = (mixtures, descent.stored, descent.stored_next)
+    return _descent_scaling(space, descent), sums, backup, *averages, *mixing, _rounding(space, descent)

@@ -13,12 +13,14 @@ momentum buffer marks a parameter it has not met.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsam.flat import FlatSpace
+from fastsam.flat.space import FlatSpace
 from fastsam.kernels import device
 from fastsam.kernels.launches import climb, descend_adam, descend_sgd, gram, restore  # noqa: F401  the passes
 
@@ -34,6 +36,15 @@ DECIDES_ON_HOST = False
 
 _THREADS = 128
 _BLOCK = 1024  # elements: one or two accesses of 16 bytes by each thread
+_VECTOR = 16  # bytes: of addresses that are multiples of it Triton compiles kernels of their own
+
+#: Whether a compiled kernel is called with the constants among its arguments, by version of Triton; where that is not
+#: known, every launch goes through Triton's dispatch.
+_CONVENTIONS = {"3.2": False, "3.6": True, "3.9": True}
+_CONSTANTS_PASSED = None if triton is None else _CONVENTIONS.get(".".join(triton.__version__.split(".")[:2]))
+
+#: By everything that a compiled kernel depends on: the kernel, and the constants that its call repeats.
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
 def unavailable() -> str | None:
@@ -57,26 +68,45 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def launch(name: str, space: FlatSpace, layout: device.Layout, tensors: Sequence[Tensor | None], **flags) -> None:
-    types = _geometry(space) if name == "restore" else _types(space)
-    constants = {flag.upper(): value for flag, value in flags.items()} | types
-    with device.current(space.device):
-        _kernels[name][(layout.programs,)](layout.rows, layout.chunks, len(layout.rows), *tensors, **constants)
+    """Launches through Triton's dispatch once; then the kernel that came of it, with addresses instead of tensors.
+
+    A compiled kernel depends on the pass, the types, which tensors there are, the flags, and on addresses being
+    multiples of 16 bytes: where one is not, Triton decides each time.
+    """
+    where, gradients = space.device, None if name == "restore" else _gradient_type(space)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    rows, chunks, n_rows, programs = layout.tables
+    missing = [address is None for address in addresses]
+    key = (name, where, space.dtype, space.state_dtype, gradients, *flags.values(), *missing)
+    aligned = not functools.reduce(operator.or_, filter(None, addresses), rows | chunks) % _VECTOR
+    with device.current(where):
+        if aligned and (kept := _compiled.get(key)):
+            kernel, passed = kept
+            stream = triton.runtime.driver.active.get_current_stream(where.index or 0)
+            kernel[programs, 1, 1](rows, chunks, n_rows, *addresses, *passed, stream=stream)
+            return
+        constants = {
+            "W": _DTYPES[space.dtype],
+            **({} if name == "restore" else _other_types(space, gradients)),
+            **{flag.upper(): value for flag, value in flags.items()},
+            "BLOCK": _BLOCK,
+        }
+        options = {"num_warps": _THREADS // _warp_size(where), "enable_fp_fusion": False}
+        kernel = _kernels[name][(programs,)](layout.rows, layout.chunks, n_rows, *tensors, **constants, **options)
+    if aligned and kernel is not None and _CONSTANTS_PASSED is not None:  # the interpreter has none
+        _compiled[key] = kernel, tuple(constants.values()) if _CONSTANTS_PASSED else ()
 
 
-def _types(space: FlatSpace) -> dict:
-    kinds = {space.dtype}
-    if space.mixed:  # a missing gradient has none
-        kinds = {t for t, g in zip(space.gradient_dtypes, space.gradients, strict=True) if g is not None}
-    return {**_geometry(space), "G": _DTYPES[kinds.pop()] if len(kinds) == 1 else None}
+def _other_types(space: FlatSpace, gradients: torch.dtype | None) -> dict:
+    return {"G": None if gradients is None else _DTYPES[gradients], "M": _DTYPES[space.state_dtype]}
 
 
-def _geometry(space: FlatSpace) -> dict:
-    return {
-        "W": _DTYPES[space.dtype],
-        "BLOCK": _BLOCK,
-        "num_warps": _THREADS // _warp_size(space.device),
-        "enable_fp_fusion": False,
-    }
+def _gradient_type(space: FlatSpace) -> torch.dtype | None:
+    """That of every gradient in a launch; None where there are several."""
+    if not space.mixed:
+        return space.dtype
+    kinds = {t for t, g in zip(space.gradient_dtypes, space.gradients, strict=True) if g is not None}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 @functools.cache
@@ -101,8 +131,7 @@ if triton is not None:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
     }
-    from fastsam.kernels import triton_kernels
+    from fastsam.kernels import triton_descend, triton_kernels
 
-    _kernels = {
-        name: getattr(triton_kernels, name) for name in ("gram", "climb", "descend_sgd", "descend_adam", "restore")
-    }
+    _kernels = {name: getattr(triton_kernels, name) for name in ("gram", "climb", "restore")}
+    _kernels |= {name: getattr(triton_descend, name) for name in ("descend_sgd", "descend_adam")}

@@ -16,8 +16,10 @@ def columns(table):
     return [tl.constexpr(i) for i in range(len(table) + 1)]
 
 
-_WEIGHT, _GRADIENT, _OFFSET, _, _GROUP, _PARAM, _CLIMBED, _KIND, _ROW = columns(device.ROW)
+_WEIGHT, _GRADIENT, _OFFSET, _, _GROUP, _PARAM, _CLIMBED, _KIND, _FIRST, _ROW = columns(device.ROW)
 _, _BEGIN, _COUNT, _CHUNK = columns(device.CHUNK)
+
+_INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -34,6 +36,13 @@ def find_chunk(rows, chunks, i, W: tl.constexpr):
     g = tl.where(g != 0, g + begin * tl.where(kind == 0, 4, tl.where(kind == 1, 8, 2)), 0)
     w = (tl.load(row + _WEIGHT).to(tl.pointer_type(W)) + begin).to(tl.int64)
     return w, g, tl.load(row + _OFFSET) + begin, group, param, climbed, kind, count
+
+
+@triton.jit
+def first_number(rows, chunks, i):
+    """The number of the chunk's first element, by which stochastic rounding draws."""
+    entry = chunks + _CHUNK * i.to(tl.int64)
+    return tl.load(rows + _ROW * tl.load(entry) + _FIRST) + tl.load(entry + _BEGIN)
 
 
 @triton.jit
@@ -101,3 +110,27 @@ def copy(target, source, begin, end, T: tl.constexpr, BLOCK: tl.constexpr, FULL:
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         store(target, at, end, load(source, at, end, T, FULL), T, FULL, "")
+
+
+# ---- decisions on the device --------------------------------------------------------------------------------
+
+
+@triton.jit
+def in_reverse():
+    """The last chunk first: what the pass before read last is still in the cache."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
+def all_finite(sums):
+    return (tl.abs(tl.load(sums)) < _INF) & (tl.abs(tl.load(sums + 1)) < _INF) & (tl.abs(tl.load(sums + 2)) < _INF)
+
+
+@triton.jit
+def is_last(counter, n):
+    """Whether every other program of the launch has been here; what they wrote before can then be read."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == n - 1
+    if last:
+        tl.store(counter, 0)
+    return last

@@ -14,9 +14,21 @@ Minimization", CVPR 2024.
 
 from __future__ import annotations
 
-from fastsam.checks import at_least, in_range
-from fastsam.methods.sam import SAM
-from fastsam.optimizer import SharpnessAware
+from typing import Any
+
+from fastsam.engine.recipe import Group
+from fastsam.methods.sam import SAM, SamRecipe
+from fastsam.optimizer import BaseOptimizer, Params, SharpnessAware
+from fastsam.support.checks import at_least, in_range
+
+
+class FriendlyRecipe(SamRecipe):
+    averages = True
+
+    def check(self, group: Group) -> None:
+        super().check(group)
+        at_least(0, "sigma", group["sigma"])
+        in_range(0, 1, "lmbda", group["lmbda"])
 
 
 class FriendlySAM(SAM):
@@ -30,34 +42,26 @@ class FriendlySAM(SAM):
         lmbda: decay of the average, in [0, 1).
         adaptive: ASAM's ball instead of SAM's.
         backend: ``"auto"``, or a name from :func:`fastsam.backends`.
-        base_kwargs: arguments of the base optimizer.
+        base_kwargs: arguments of the base optimizer; also ``state_dtype=torch.bfloat16``, for less memory
+            (docs/training_loops.md), and those that :class:`~fastsam.SAM` names.
 
     The average is ``optimizer.state[p]["momentum"]``, as in the authors' code. Errors as for
     :class:`~fastsam.SAM`.
     """
 
-    uses_ema = True
+    recipe = FriendlyRecipe()
 
     def __init__(
         self,
-        params,
-        base_optimizer,
-        rho=0.05,
-        sigma=1.0,
-        lmbda=0.9,
-        adaptive=False,
+        params: Params,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        adaptive: bool = False,
         *,
-        backend="auto",
-        **base_kwargs,
-    ):
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
         defaults = dict(rho=rho, sigma=sigma, lmbda=lmbda, adaptive=adaptive)
         SharpnessAware.__init__(self, params, base_optimizer, defaults, backend, base_kwargs)
-
-    def check_group(self, group):
-        super().check_group(group)
-        check_average(group)
-
-
-def check_average(group):
-    at_least(0, "sigma", group["sigma"])
-    in_range(0, 1, "lmbda", group["lmbda"])

@@ -11,9 +11,16 @@ published this: it is here because it costs no more code than the two kernels' c
 
 from __future__ import annotations
 
-from fastsam.methods.eigen import EigenSAM, Estimate
-from fastsam.methods.friendly import check_average
-from fastsam.optimizer import SharpnessAware
+from typing import Any
+
+from fastsam.methods.eigen import EigenRecipe, EigenSAM
+from fastsam.methods.eigenvector import Estimate, Estimates
+from fastsam.methods.friendly import FriendlyRecipe
+from fastsam.optimizer import BaseOptimizer, Params, SharpnessAware
+
+
+class FriendlyEigenRecipe(EigenRecipe, FriendlyRecipe):
+    """F-SAM's average and Eigen-SAM's combination, each with its own checks."""
 
 
 class FriendlyEigenSAM(EigenSAM):
@@ -33,27 +40,23 @@ class FriendlyEigenSAM(EigenSAM):
     Errors and the eigenvector's refreshing as in :class:`~fastsam.EigenSAM`.
     """
 
-    uses_ema = True
+    recipe = FriendlyEigenRecipe()
 
     def __init__(
         self,
-        params,
-        base_optimizer,
-        rho=0.05,
-        sigma=1.0,
-        lmbda=0.9,
-        alpha=0.2,
-        freq=100,
-        adaptive=False,
+        params: Params,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        alpha: float = 0.2,
+        freq: int = 100,
+        adaptive: bool = False,
         *,
-        backend="auto",
+        backend: str = "auto",
         estimate: Estimate | None = None,
-        **base_kwargs,
-    ):
-        self._plan_estimates(freq, estimate)
+        **base_kwargs: Any,
+    ) -> None:
+        self._estimates = Estimates(freq, estimate)
         defaults = dict(rho=rho, sigma=sigma, lmbda=lmbda, alpha=alpha, freq=freq, adaptive=adaptive, steps=0)
         SharpnessAware.__init__(self, params, base_optimizer, defaults, backend, base_kwargs)
-
-    def check_group(self, group):
-        super().check_group(group)
-        check_average(group)

@@ -14,8 +14,22 @@ Generalization", ICLR 2021; Kwon et al., "ASAM", ICML 2021.
 
 from __future__ import annotations
 
-from fastsam.checks import at_least, flag
-from fastsam.optimizer import NORM_EPSILON, SharpnessAware
+from typing import Any
+
+from fastsam.engine.recipe import NORM_EPSILON, Group, Recipe, Scalar
+from fastsam.optimizer import BaseOptimizer, Params, SharpnessAware
+from fastsam.support.checks import at_least, flag
+
+
+class SamRecipe(Recipe):
+    def check(self, group: Group) -> None:
+        at_least(0, "rho", group["rho"])
+        flag("adaptive", group["adaptive"])
+
+    def climb(self, uu: Scalar, uv: Scalar, vv: Scalar, group: Group) -> tuple[Scalar, Scalar]:
+        return group["rho"] / (uu**0.5 + NORM_EPSILON), 0.0
+
+    climb.closed_form = True  # type: ignore[attr-defined]  # the case alpha = 0 of what every compiled kernel can compute by itself
 
 
 class SAM(SharpnessAware):
@@ -28,7 +42,8 @@ class SAM(SharpnessAware):
         adaptive: ASAM's ball instead of SAM's.
         backend: ``"auto"``, or a name from :func:`fastsam.backends`.
         base_kwargs: arguments of the base optimizer (``lr``, ``momentum``, ...); also ``m_sharpness`` and
-            ``process_group``, for training on several processes (docs/distributed.md).
+            ``process_group``, for training on several processes (docs/distributed.md), and ``stochastic_rounding``, for
+            weights in bfloat16 (docs/training_loops.md).
 
     Raises:
         ValueError: a hyper-parameter out of range, an unknown backend, an empty parameter list.
@@ -42,14 +57,16 @@ class SAM(SharpnessAware):
         >>> optimizer.second_step(zero_grad=True)
     """
 
-    def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, *, backend="auto", **base_kwargs):
+    recipe = SamRecipe()
+
+    def __init__(
+        self,
+        params: Params,
+        base_optimizer: BaseOptimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
         super().__init__(params, base_optimizer, dict(rho=rho, adaptive=adaptive), backend, base_kwargs)
-
-    def coefficients(self, dd, dv, vv, group):
-        return group["rho"] / (dd**0.5 + NORM_EPSILON), 0.0
-
-    coefficients.closed_form = True  # the case alpha = 0 of what every compiled kernel can compute by itself
-
-    def check_group(self, group):
-        at_least(0, "rho", group["rho"])
-        flag("adaptive", group["adaptive"])

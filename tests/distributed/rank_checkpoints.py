@@ -6,7 +6,7 @@ import torch.distributed.checkpoint as dcp
 from rank_training import set_eigenvector, spread
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from fastsam.rank_state import RankMomentum, average_momentum
+from fastsam.integrations.rank_state import RankMomentum, average_momentum
 
 
 def write(training, optimizer, path, **more):

@@ -21,6 +21,9 @@ RANKS, STEPS, SIZE = 2, 4, 6
 METHODS = {
     "SAM": lambda params, **more: fastsam.SAM(params, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, **more),
     "F-SAM": lambda params, **more: fastsam.FriendlySAM(params, torch.optim.AdamW, rho=0.1, lr=0.01, **more),
+    "Momentum-SAM": lambda params, **more: fastsam.MomentumSAM(params, torch.optim.AdamW, rho=0.3, lr=0.01, **more),
+    "GSAM": lambda params, **more: fastsam.GSAM(params, torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, **more),
+    "LookSAM": lambda params, **more: fastsam.LookSAM(params, torch.optim.SGD, rho=0.1, k=2, lr=0.1, **more),
 }
 
 
@@ -68,7 +71,7 @@ def count_reductions(model):
     return seen
 
 
-def with_accelerate(method, micro_batches, model_first=True, **more):
+def with_accelerate(method, micro_batches, model_first=True, share=1.0, **more):
     from accelerate import Accelerator
 
     from fastsam.integrations.accelerate import SAMOptimizer
@@ -77,10 +80,15 @@ def with_accelerate(method, micro_batches, model_first=True, **more):
     model = network()
     if model_first:
         model = accelerator.prepare(model)
-    optimizer = SAMOptimizer(METHODS[method](model.parameters(), **more), accelerator, model)
+    optimizer = SAMOptimizer(METHODS[method](model.parameters(), **more), accelerator, model, ascent_share=share)
     loader = DataLoader(samples(micro_batches), batch_size=SIZE)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     reductions = count_reductions(model)
+    return steps_of(accelerator, model, optimizer, loader), len(reductions)
+
+
+def steps_of(accelerator, model, optimizer, loader):
+    """The weights after an epoch of what ``accelerator`` prepared."""
 
     def closure(x, y):
         loss = nn.functional.cross_entropy(model(x), y)
@@ -91,7 +99,27 @@ def with_accelerate(method, micro_batches, model_first=True, **more):
         with accelerator.accumulate(model):
             optimizer.step(closure, x, y)
     forget_accelerator()
-    return flat(model), len(reductions)
+    return flat(model)
+
+
+def with_accelerate_fsdp2(method, micro_batches, **more):
+    """Accelerate shards the model when it prepares it with the optimizer, whose parameters it then replaces."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import DistributedType, PartialState
+
+    from fastsam.integrations.accelerate import SAMOptimizer
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro_batches)
+    # What Accelerate does where there are GPUs; on CPUs it would leave the weights whole.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    kind = DistributedType.FSDP
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
+    model = network()
+    optimizer = SAMOptimizer(METHODS[method](model.parameters(), **more), accelerator, model)
+    loader = DataLoader(samples(micro_batches), batch_size=SIZE)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    assert isinstance(model, FSDPModule)
+    return steps_of(accelerator, model, optimizer, loader), None
 
 
 def with_accelerate_alone(method, micro_batches):
@@ -116,13 +144,14 @@ def with_accelerate_alone(method, micro_batches):
 
 
 def forget_accelerator():
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
     AcceleratorState._reset_state()
     GradientState._reset_state()
 
 
-def with_transformers(method, micro_batches, **more):
+def with_transformers(method, micro_batches, share=1.0, **more):
     from transformers import TrainingArguments
 
     from fastsam.integrations.transformers import SAMTrainer
@@ -144,14 +173,14 @@ def with_transformers(method, micro_batches, **more):
         save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
     optimizer = METHODS[method](model.parameters(), **more)
-    trainer = SAMTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer = SAMTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), ascent_share=share)
     trainer._get_train_sampler = lambda *_: SequentialSampler(data)
     trainer.train()
     forget_accelerator()
     return flat(model), None
 
 
-def with_lightning(method, micro_batches, callback=True, strategy="ddp", static_graph=False, **more):
+def with_lightning(method, micro_batches, callback=True, strategy="ddp", static_graph=False, share=1.0, **more):
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -188,7 +217,7 @@ def with_lightning(method, micro_batches, callback=True, strategy="ddp", static_
     module = Module()
     pl.Trainer(
         accelerator="cpu", devices=RANKS, strategy=made, max_epochs=1, accumulate_grad_batches=micro_batches,
-        callbacks=[SAMCallback()] if callback else [], use_distributed_sampler=False, logger=False,
+        callbacks=[SAMCallback(ascent_share=share)] if callback else [], use_distributed_sampler=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
     ).fit(module, DataLoader(mine, batch_size=None))  # fmt: skip
     assert module.sharded == (strategy == "fsdp2")
@@ -209,6 +238,16 @@ CASES = {
         ("SAM", 1),
         dict(model_first=False, m_sharpness=True),
     ),
+    "accelerate, fsdp2, F-SAM, 2 micro-batches": (with_accelerate_fsdp2, ("F-SAM", 2), {}),
+    "accelerate, fsdp2, Momentum-SAM": (with_accelerate_fsdp2, ("Momentum-SAM", 1), {}),
+    "accelerate, Momentum-SAM, 2 micro-batches": (with_accelerate, ("Momentum-SAM", 2), {}),
+    "accelerate, LookSAM, 2 micro-batches, a third": (with_accelerate, ("LookSAM", 2), dict(share=1 / 3)),
+    "transformers, Momentum-SAM, 2 micro-batches": (with_transformers, ("Momentum-SAM", 2), {}),
+    "transformers, GSAM, a third": (with_transformers, ("GSAM", 1), dict(share=1 / 3)),
+    "lightning, LookSAM, 2 micro-batches": (with_lightning, ("LookSAM", 2), {}),
+    "lightning, SAM, m-sharpness, a third": (with_lightning, ("SAM", 1), dict(m_sharpness=True, share=1 / 3)),
+    "lightning, fsdp2, Momentum-SAM, 2 micro-batches": (with_lightning, ("Momentum-SAM", 2), dict(strategy="fsdp2")),
+    "lightning, fsdp2, GSAM, a third": (with_lightning, ("GSAM", 1), dict(strategy="fsdp2", share=1 / 3)),
     "accelerate without SAMOptimizer, SAM": (with_accelerate_alone, ("SAM", 1), {}),
     "accelerate without SAMOptimizer, SAM, 2 micro-batches": (with_accelerate_alone, ("SAM", 2), {}),
     "transformers, F-SAM, 2 micro-batches": (with_transformers, ("F-SAM", 2), {}),
@@ -242,7 +281,7 @@ def every_case():
         except Exception as error:
             traceback.print_exc()
             found[name] = f"{type(error).__name__}: {error}"
-            if function in (with_accelerate, with_accelerate_alone, with_transformers):
+            if function in (with_accelerate, with_accelerate_fsdp2, with_accelerate_alone, with_transformers):
                 forget_accelerator()
     torch.save(found, folder / f"rank{torch.distributed.get_rank()}.pt")
 

@@ -1,5 +1,6 @@
 """What the ranks count for the cost model: bytes that an optimizer keeps, and what a step sends."""
 
+import functools
 import gc
 
 import torch
@@ -13,7 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastsam
 
-METHODS = {"SAM": fastsam.SAM, "F-SAM": fastsam.FriendlySAM, "Eigen-SAM": fastsam.EigenSAM, "AdamW": None}
+METHODS = {
+    "SAM": fastsam.SAM,
+    "F-SAM": fastsam.FriendlySAM,
+    "Eigen-SAM": fastsam.EigenSAM,
+    "F-SAM, m in bfloat16": functools.partial(fastsam.FriendlySAM, state_dtype=torch.bfloat16),
+    "Eigen-SAM, v in bfloat16": functools.partial(fastsam.EigenSAM, state_dtype=torch.bfloat16),
+    "MomentumSAM": fastsam.MomentumSAM,
+    "AdamW": None,
+}
 WIDTH, LAYERS = 64, 3
 PARAMETERS = LAYERS * (WIDTH * WIDTH + WIDTH)
 
@@ -59,7 +68,7 @@ def measure(layout, method):
         optimizer, more = torch.optim.AdamW(model.parameters(), foreach=False), {}
     else:
         optimizer = kind(model.parameters(), torch.optim.AdamW, m_sharpness=layout.endswith("m-sharpness"))
-    if method == "Eigen-SAM":
+    if method.startswith("Eigen-SAM"):
         optimizer.eigenvector = [torch.ones_like(p) for p in model.parameters()]
     optimizer.step(closure, **more)  # what is done once is done
     model.zero_grad()
@@ -75,3 +84,7 @@ def measure(layout, method):
     with counted_collectives() as seen:
         optimizer.step(closure, **more)
     return state, seen, reduced
+
+
+def measure_all(layout, methods):
+    return {method: measure(layout, method) for method in methods}

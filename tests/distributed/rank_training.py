@@ -21,6 +21,14 @@ METHODS = {
     "F-SAM": (fastsam.FriendlySAM, dict(rho=0.1, sigma=1.0, lmbda=0.6)),
     "Eigen-SAM": (fastsam.EigenSAM, dict(rho=0.1, alpha=0.5, freq=1000)),
 }
+#: One of each kind of the rest: along the momentum, with both gradients, and with one that is kept from step to step.
+FAMILY = {
+    "Momentum-SAM": (fastsam.MomentumSAM, dict(rho=0.3)),
+    "VaSSO": (fastsam.VaSSO, dict(rho=0.1, theta=0.4)),
+    "GSAM": (fastsam.GSAM, dict(rho=0.1)),
+    "WSAM": (fastsam.WSAM, dict(rho=0.1, gamma=0.8)),
+    "LookSAM": (fastsam.LookSAM, dict(rho=0.1, k=2)),
+}
 BASES = {
     "SGD": (torch.optim.SGD, dict(lr=0.05, momentum=0.9, weight_decay=1e-3)),
     "AdamW": (torch.optim.AdamW, dict(lr=0.01)),
@@ -72,7 +80,7 @@ class Training:
         return loss
 
     def optimizer(self, method, base, **options):
-        kind, own = METHODS[method]
+        kind, own = {**METHODS, **FAMILY}[method]
         base_kind, base_options = BASES[base]
         return kind(self.model.parameters(), base_kind, **own, **base_options, **options)
 

@@ -35,19 +35,26 @@ def mean_loss(model, pairs):
     return sum(nn.functional.cross_entropy(model(x), y) for x, y in pairs) / len(pairs)
 
 
-def on_one(method, micro_batches):
-    """One process, and the whole batch of every step."""
+def first_of_each(pairs, part):
+    return [(x[: len(x) // part], y[: len(y) // part]) for x, y in pairs]
+
+
+def on_one(method, micro_batches, part=1):
+    """One process, and the whole batch of every step; the first of two passes takes 1 / part of each micro-batch."""
     model = network()
     optimizer = METHODS[method](model.parameters())
     for ranks in batches(micro_batches):
         whole = [pair for rank in ranks for pair in rank]
-        for step in (optimizer.first_step, optimizer.second_step):
-            mean_loss(model, whole).backward()
-            step(zero_grad=True)
+        if optimizer.evaluations == 2:
+            mean_loss(model, first_of_each(whole, part)).backward()
+        if optimizer.evaluations == 2 or method == "Momentum-SAM":
+            optimizer.first_step(zero_grad=True)
+        mean_loss(model, whole).backward()
+        optimizer.second_step(zero_grad=True)
     return flat(model)
 
 
-def m_sharp_by_hand(micro_batches, rho=0.1):
+def m_sharp_by_hand(micro_batches, part=1, rho=0.1):
     """SAM in which every rank climbs along the gradient of its own part of the batch; the second gradients' mean."""
     model = network()
     params = list(model.parameters())
@@ -55,7 +62,7 @@ def m_sharp_by_hand(micro_batches, rho=0.1):
     for ranks in batches(micro_batches):
         second = []
         for mine in ranks:
-            g = torch.autograd.grad(mean_loss(model, mine), params)
+            g = torch.autograd.grad(mean_loss(model, first_of_each(mine, part)), params)
             norm = torch.cat([x.reshape(-1) for x in g]).norm()
             w = [p.detach().clone() for p in params]
             with torch.no_grad():
@@ -72,35 +79,45 @@ def m_sharp_by_hand(micro_batches, rho=0.1):
 
 
 @pytest.mark.parametrize(
-    ("case", "method", "micro_batches"),
+    ("case", "method", "micro_batches", "part"),
     [
-        ("accelerate, SAM", "SAM", 1),
-        ("accelerate, F-SAM, 2 micro-batches", "F-SAM", 2),
-        ("accelerate, model prepared later, F-SAM, 2 micro-batches", "F-SAM", 2),
-        ("accelerate without SAMOptimizer, SAM", "SAM", 1),
-        ("transformers, F-SAM, 2 micro-batches", "F-SAM", 2),
-        ("lightning, SAM", "SAM", 1),
-        ("lightning, F-SAM, 2 micro-batches", "F-SAM", 2),
-        ("lightning, fsdp2, F-SAM, 2 micro-batches", "F-SAM", 2),
-        ("lightning without callback, SAM", "SAM", 1),
+        ("accelerate, SAM", "SAM", 1, 1),
+        ("accelerate, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("accelerate, model prepared later, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("accelerate, fsdp2, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("accelerate, fsdp2, Momentum-SAM", "Momentum-SAM", 1, 1),
+        ("accelerate, Momentum-SAM, 2 micro-batches", "Momentum-SAM", 2, 1),
+        ("accelerate, LookSAM, 2 micro-batches, a third", "LookSAM", 2, 3),
+        ("accelerate without SAMOptimizer, SAM", "SAM", 1, 1),
+        ("transformers, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("transformers, Momentum-SAM, 2 micro-batches", "Momentum-SAM", 2, 1),
+        ("transformers, GSAM, a third", "GSAM", 1, 3),
+        ("lightning, SAM", "SAM", 1, 1),
+        ("lightning, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("lightning, LookSAM, 2 micro-batches", "LookSAM", 2, 1),
+        ("lightning, fsdp2, F-SAM, 2 micro-batches", "F-SAM", 2, 1),
+        ("lightning, fsdp2, Momentum-SAM, 2 micro-batches", "Momentum-SAM", 2, 1),
+        ("lightning, fsdp2, GSAM, a third", "GSAM", 1, 3),
+        ("lightning without callback, SAM", "SAM", 1, 1),
     ],
 )
-def test_two_processes_take_the_steps_of_one_on_the_whole_batch(on_ranks, case, method, micro_batches):
-    expected = on_one(method, micro_batches)
+def test_two_processes_take_the_steps_of_one_on_the_whole_batch(on_ranks, case, method, micro_batches, part):
+    expected = on_one(method, micro_batches, part)
     for found in on_ranks:
         torch.testing.assert_close(found[case][0], expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("case", "micro_batches"),
+    ("case", "micro_batches", "part"),
     [
-        ("accelerate, SAM, 2 micro-batches, m-sharpness", 2),
-        ("transformers, SAM, m-sharpness", 1),
-        ("lightning, SAM, 2 micro-batches, m-sharpness", 2),
+        ("accelerate, SAM, 2 micro-batches, m-sharpness", 2, 1),
+        ("transformers, SAM, m-sharpness", 1, 1),
+        ("lightning, SAM, 2 micro-batches, m-sharpness", 2, 1),
+        ("lightning, SAM, m-sharpness, a third", 1, 3),
     ],
 )
-def test_m_sharpness_climbs_on_each_process_by_itself(on_ranks, case, micro_batches):
-    expected = m_sharp_by_hand(micro_batches)
+def test_m_sharpness_climbs_on_each_process_by_itself(on_ranks, case, micro_batches, part):
+    expected = m_sharp_by_hand(micro_batches, part)
     for found in on_ranks:
         torch.testing.assert_close(found[case][0], expected, rtol=0, atol=1e-10)
 
@@ -113,6 +130,8 @@ def test_m_sharpness_climbs_on_each_process_by_itself(on_ranks, case, micro_batc
         ("accelerate, SAM, 2 micro-batches, m-sharpness", 1),
         ("lightning, F-SAM, 2 micro-batches", 2),
         ("lightning, SAM, 2 micro-batches, m-sharpness", 1),
+        ("accelerate, Momentum-SAM, 2 micro-batches", 1),
+        ("lightning, LookSAM, 2 micro-batches", 1.5),
     ],
 )
 def test_a_pass_is_reduced_once_however_many_micro_batches_it_has(on_ranks, case, passes):

@@ -4,13 +4,19 @@ import functools
 
 import pytest
 import torch
-from rank_training import BASES, METHODS, clipped, trajectories, trajectory
+from rank_training import BASES, FAMILY, METHODS, clipped, trajectories, trajectory
 
 SPREADS = [("DDP", 2), ("FSDP2", 4), ("FSDP2 x TP", 4)]
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 CASES = [(method, base) for method in METHODS for base in ("SGD", "AdamW")]
 #: RMSprop has no fused update: torch's own step() gets DTensors.
 OTHER_CASES = [(method, "RMSprop") for method in METHODS]
+FAMILY_CASES = [
+    *((method, "SGD") for method in FAMILY),
+    ("Momentum-SAM", "AdamW"),
+    ("GSAM", "RMSprop"),
+    ("LookSAM", "AdamW"),
+]
 
 
 @functools.cache
@@ -32,7 +38,7 @@ def check(results, case, steps, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=" over ".join)
-@pytest.mark.parametrize(("dtype", "steps"), [(torch.float64, 50), (torch.float32, 10)], ids=str)
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float64, 16), (torch.float32, 10)], ids=str)
 @pytest.mark.parametrize(("how", "n"), SPREADS)
 def test_ranks_take_the_steps_of_one_process(on_ranks, how, n, dtype, steps, case):
     check(on_ranks(n, how, tuple(CASES), steps, dtype), case, steps, dtype)
@@ -42,6 +48,12 @@ def test_ranks_take_the_steps_of_one_process(on_ranks, how, n, dtype, steps, cas
 @pytest.mark.parametrize(("how", "n"), [("FSDP2", 2), ("FSDP2 x TP", 4)])
 def test_a_base_optimizer_without_a_fused_update_takes_the_same_steps(on_ranks, how, n, case):
     check(on_ranks(n, how, tuple(OTHER_CASES), 10, torch.float64), case, 10, torch.float64)
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES, ids=" over ".join)
+@pytest.mark.parametrize(("how", "n"), SPREADS)
+def test_the_rest_of_the_family_takes_the_same_steps(on_ranks, how, n, case):
+    check(on_ranks(n, how, tuple(FAMILY_CASES), 8, torch.float64), case, 8, torch.float64)
 
 
 @pytest.mark.parametrize("method", METHODS)

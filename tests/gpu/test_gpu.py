@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from reference import METHODS, SOME_METHODS, build_optimizer
+from reference.family import FAMILY
 from reference.scripted import assert_same_rounding, copies, like, noise, set_gradients
 
 import fastsam
@@ -86,6 +87,86 @@ def test_backend_equals_the_specification(backend, method, base, dtype):
             record.append(copies(params))
         records.append(record)
     assert_same_rounding(*records, dtype)
+
+
+@pytest.mark.parametrize("base", ["SGD momentum", "AdamW"])
+@pytest.mark.parametrize("method", SOME_METHODS[2:])
+def test_vectors_in_bfloat16_equal_the_specification(backend, method, base):
+    records = []
+    for name in (backend, "torch"):
+        params, record = parameters(), []
+        optimizer = optimizer_of(name, method, base, params, state_dtype=torch.bfloat16)
+        for k in range(3):
+            step(optimizer, params, gradients(params, 1000 * k), gradients(params, 1000 * k + 500))
+            record.append(copies(params))
+        records.append(record)
+        kept = [v for p in params for n, v in optimizer.state[p].items() if n in ("momentum", "eigenvector")]
+        assert {v.dtype for v in kept} == {torch.bfloat16}
+    assert_same_rounding(*records, torch.float32)
+
+
+def test_stochastic_rounding_draws_what_the_specification_draws(backend):
+    """Gradients are whole numbers, so that no backend's sum of squares is rounded another way."""
+    ends = []
+    for name in (backend, "torch"):
+        params = parameters(torch.bfloat16)
+        optimizer = optimizer_of(name, "SAM", "SGD momentum", params, stochastic_rounding=True)
+        for k in range(3):
+            step(optimizer, params, *[[g.round() for g in gradients(params, 100 * k + i)] for i in (0, 50)])
+        ends.append(copies(params))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+FAMILY_BASES = {"SGD": dict(lr=0.05, momentum=0.9), "AdamW": dict(lr=0.01, weight_decay=0.1)}
+
+
+def family_step(optimizer, params, passes):
+    """A step of any method: with one gradient or two, as it says."""
+    if optimizer.evaluations == 2:
+        set_gradients(params, passes[0])
+    if optimizer.two_pass.climbs():
+        optimizer.first_step(zero_grad=True)
+    set_gradients(params, passes[1])
+    optimizer.second_step(zero_grad=True)
+
+
+def family_of(backend, name, base, params):
+    method = FAMILY[name]
+    settings = {**method.kwargs, **FAMILY_BASES[base]}
+    return getattr(fastsam, method.name)(params, getattr(torch.optim, base), backend=backend, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("base", FAMILY_BASES)
+@pytest.mark.parametrize("name", ["Momentum-SAM", "VaSSO", "GSAM", "Stable SAM", "WSAM coupled", "LookSAM k=3"])
+def test_the_familys_second_side_equals_the_specification(backend, name, base, dtype):
+    records = []
+    for each in (backend, "torch"):
+        params, record = parameters(dtype), []
+        optimizer = family_of(each, name, base, params)
+        for k in range(4):
+            family_step(optimizer, params, (gradients(params, 1000 * k), gradients(params, 1000 * k + 500)))
+            record.append(copies(params))
+        records.append(record)
+    assert_same_rounding(*records, dtype)
+
+
+@pytest.mark.parametrize("name", ["Momentum-SAM", "GSAM", "LookSAM k=3"])
+def test_an_overflow_in_a_step_of_the_family_changes_nothing(backend, name):
+    params = parameters()
+    optimizer = family_of(backend, name, "SGD", params)
+    for k in range(3):  # so that LookSAM's next step climbs
+        family_step(optimizer, params, (gradients(params, k), gradients(params, 10 + k)))
+    weights = copies(params)
+    state = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+    passes = gradients(params, 3), gradients(params, 4)
+    passes[1][6][123_456] = float("nan")
+    family_step(optimizer, params, passes)
+    assert optimizer.found_inf.item() == 1
+    assert all(torch.equal(p.detach(), w) for p, w in zip(params, weights, strict=True))
+    for p, entries in zip(params, state, strict=True):
+        for key, value in entries.items():
+            assert torch.equal(optimizer.state[p][key], value), key
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["first pass", "second pass"])

@@ -45,9 +45,9 @@ class ReferenceSAM:
             for p in group["params"]
             if p.grad is not None and self.setting(group, "perturb")
         ]
-        for (_, p), e in zip(climbing, self.perturbations(climbing), strict=True):
+        for (group, p), e in zip(climbing, self.perturbations(climbing), strict=True):
             self.backup[p] = p.detach().clone()
-            p.add_(e)
+            p.add_(e, alpha=-1 if group.get("maximize") else 1)  # the worst point of the other objective
 
     @torch.no_grad()
     def second_step(self):

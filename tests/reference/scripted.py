@@ -74,12 +74,15 @@ def state_bits(optimizer, params):
 
 
 def assert_same_rounding(actual, expected, dtype, slack=4):
-    """Equal within `slack` units in the last place, of the value itself or of the largest weight."""
-    eps = torch.finfo(dtype).eps
+    """Equal within `slack` units in the last place, of the value itself or of the largest weight.
+
+    Units are of `dtype`, or of what is compared where that is narrower.
+    """
     flat = list(itertools.chain.from_iterable(expected))
     largest = max((t.abs().max().item() for t in flat if t.numel()), default=1.0)
     for step, (a, b) in enumerate(zip(actual, expected, strict=True)):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            eps = max(torch.finfo(dtype).eps, torch.finfo(x.dtype).eps)
             torch.testing.assert_close(
                 x.double(), y.double(), rtol=slack * eps, atol=slack * eps * largest,
                 msg=lambda text, step=step, i=i: f"record {step}, parameter {i}: {text}",

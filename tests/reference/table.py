@@ -72,9 +72,16 @@ BASES = {
 }
 
 
+def find(method):
+    """The row of a name here or in `family.FAMILY`."""
+    from .family import FAMILY  # whose rows are of the type above
+
+    return METHODS[method] if method in METHODS else FAMILY[method]
+
+
 def build_optimizer(method, base, params, backend, **extra):
     """The fastsam optimizer for a method's and a base optimizer's name in the tables above."""
-    method, (base_class, base_kwargs) = METHODS[method], BASES[base]
+    method, (base_class, base_kwargs) = find(method), BASES[base]
     return getattr(fastsam, method.name)(
         params, base_class, **{**method.kwargs, **base_kwargs, **extra}, backend=backend
     )
@@ -82,5 +89,5 @@ def build_optimizer(method, base, params, backend, **extra):
 
 def build_reference(method, base, params, **extra):
     """The plain loop for the same two names."""
-    method, (base_class, base_kwargs) = METHODS[method], BASES[base]
+    method, (base_class, base_kwargs) = find(method), BASES[base]
     return method.reference(params, base_class, **{**method.kwargs, **base_kwargs, **extra})

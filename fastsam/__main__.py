@@ -1,0 +1,5 @@
+"""``python -m fastsam``: the ``fastsam`` command."""
+
+from fastsam.commands.cli import main
+
+main()

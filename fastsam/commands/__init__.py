@@ -1,0 +1,1 @@
+"""The ``fastsam`` command, one module or package for each subcommand."""

@@ -1,0 +1,1 @@
+"""Parameters spread over processes, and the other processes."""

@@ -1,0 +1,1 @@
+"""The two-pass step underneath every optimizer."""

@@ -1,0 +1,1 @@
+"""One flat index space over many parameters, and memory that is flat itself."""
