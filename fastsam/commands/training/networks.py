@@ -48,9 +48,14 @@ def resnet50(classes: int = 10, *, width: int = 64, channels: int = 3, stem: str
     return _ResNet(_Bottleneck, [3, 4, 6, 3], [width << i for i in range(4)], classes, channels, stem)
 
 
-def small_resnet(classes: int = 10, *, widths: Sequence[int] = (16, 32, 64), channels: int = 1) -> nn.Module:
-    """A residual network with BatchNorm: one basic block for each of ``widths``; any size of image works."""
-    return _ResNet(_BasicBlock, [1] * len(widths), widths, classes, channels, "cifar")
+def small_resnet(
+    classes: int = 10, *, widths: Sequence[int] = (16, 32, 64), channels: int = 1, stem: str = "cifar"
+) -> nn.Module:
+    """A residual network with BatchNorm: one basic block for each of ``widths``; ``stem`` as :func:`resnet18`'s.
+
+    Any size of image works. Raises ``ValueError`` for another stem.
+    """
+    return _ResNet(_BasicBlock, [1] * len(widths), widths, classes, channels, stem)
 
 
 def wrn28_10(classes: int = 10, *, depth: int = 28, width: int = 10, channels: int = 3) -> nn.Module:
