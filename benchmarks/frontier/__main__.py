@@ -1,6 +1,7 @@
-"""SAM's accuracy at which price: every method on the demo's digits, tuned and tested alike.
+"""SAM's accuracy at which price: every method on the demo's digits or on photographs, tuned and tested alike.
 
     python -m benchmarks.frontier                   # both networks, 8 seeds; says at once how long it takes
+    python -m benchmarks.frontier --data elpv       # three networks, one of them pretrained, in frontier-elpv.*
     python -m benchmarks.frontier --quick -o tried  # every line of code, no result
     python -m benchmarks.frontier --report          # runs nothing: what the finished runs say
 
@@ -17,16 +18,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.frontier import protocol, report
+from benchmarks.frontier import problems, protocol, report
 from benchmarks.frontier.table import BASE, BY_NAME, ROWS
 from fastsam.commands.machine import machine
+from fastsam.commands.training.data import DataError
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=("ViT", "ResNet"), default=["ViT", "ResNet"])
+    parser.add_argument("--data", choices=problems.NETWORKS, default="digits")
+    parser.add_argument("--networks", nargs="+", metavar="NAME", help="some of those on the data")
     parser.add_argument("--rows", nargs="+", choices=BY_NAME, default=list(BY_NAME), help="of the table; SGD always")
     parser.add_argument("--seeds", type=int, default=8, help="of the test")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="of each configuration")
@@ -39,11 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("seeds", "tuning_seeds", "workers"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    there = dict(zip(problems.NETWORKS[options.data], problems.names(options.data), strict=True))
+    if unknown := set(options.networks or ()) - set(there):
+        parser.error(f"--networks {min(unknown)!r} is none of those on {options.data}: {', '.join(there)}")
+    networks = tuple(there[name] for name in options.networks or there)
+    stem = "frontier" if options.data == "digits" else f"frontier-{options.data}"
 
     wanted = tuple(row for row in ROWS if row is BASE or row.name in options.rows)
     skipped = report.skipped(wanted)
     rows = tuple(row for row in wanted if row.name not in skipped)
-    plan = protocol.Plan(tuple(options.networks), rows, options.tuning_seeds, options.seeds, options.quick)
+    plan = protocol.Plan(networks, rows, options.tuning_seeds, options.seeds, options.quick)
     console = Console()
 
     def say(text: str) -> None:
@@ -51,25 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
 
     for name, reason in skipped.items():
         say(f"{name} is left out: {reason}")
-    written = options.output / "frontier.json"
+    written = options.output / f"{stem}.json"
     described = json.loads(written.read_text())["machine"] if options.report else machine(1)
-    records = protocol.Records(options.output / "frontier.jsonl")
-    failed = [] if options.report else protocol.execute(plan, records, options.workers, say)
-    networks = report.summary(plan, records)
+    records = protocol.Records(options.output / f"{stem}.jsonl")
+    try:
+        failed = [] if options.report else protocol.execute(plan, records, options.workers, say)
+    except (DataError, ImportError) as error:  # the photographs are a package
+        say(str(error))
+        return 2
+    summed = report.summary(plan, records)
 
     results = {
         "machine": described,
         "settings": {
             "seeds": plan.seeds, "tuning_seeds": plan.tuning_seeds, "quick": plan.quick, "workers": options.workers,
         },
-        "skipped": skipped | report.unfinished(plan, networks),
+        "skipped": skipped | report.unfinished(plan, summed),
         "failed": failed,
-        "networks": networks,
+        "networks": summed,
     }  # fmt: skip
     table = report.markdown(results)
     written.write_text(json.dumps(results, indent=1) + "\n")
-    (options.output / "frontier.md").write_text(table)
-    report.draw(results, options.output / "frontier.png")
+    (options.output / f"{stem}.md").write_text(table)
+    report.draw(results, options.output / f"{stem}.png")
     if options.document is not None:
         report.write_between_markers(options.document, table)
     say(table)

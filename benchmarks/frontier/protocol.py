@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import mean
 from time import monotonic
 
+from benchmarks.frontier.problems import problem
 from benchmarks.frontier.table import BASE, SCALED, Numbers, Row, resolved
-from benchmarks.frontier.training import PLAIN_EVERY, Job, plain_milliseconds, problem, run
+from benchmarks.frontier.training import PLAIN_EVERY, Job, plain_milliseconds, run
 from benchmarks.resumable import Records, outcomes, pool
 
 TUNING_SEEDS = 1000  # the first of the seeds that numbers are chosen with; those of the test start at 0

@@ -14,58 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.frontier.problems import Problem, problem
 from benchmarks.frontier.table import BY_NAME, Numbers, Row
-from fastsam.commands.training.data import noisy_digits
 from fastsam.commands.training.evaluate import evaluate
 from fastsam.commands.training.schedule import warmup_then_cosine
 from fastsam.schedules import GradientNormSchedule
 
-VALIDATION = 400  # of the held-out digits; the others are the test set
 PLAIN_EVERY = 5  # steps of a timed run from one plain step to the next
 WARM_UP = 3  # steps at the start that no time is taken of
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network and its digits, with everything that all rows have in common."""
-
-    build: Callable[[], nn.Module]
-    numbers: Numbers  # lr, weight_decay and rho: what the factors of the table multiply
-    momentum: float
-    epochs: int
-    batch_size: int
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    lr_factor: Callable[[int], Callable[[int], float]]
-    accuracy: Callable[[nn.Module, Tensor, Tensor], float]
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * (len(self.train[1]) // self.batch_size)
-
-
-def problem(network: str, quick: bool = False) -> Problem:
-    """The demo's network of this name with its digits; the only place that knows where they come from."""
-    from fastsam.commands.demo import settings
-
-    chosen = (settings.QUICK_MODELS if quick else settings.MODELS)[network]
-    split = settings.QUICK_DATA if quick else settings.DATA
-    train, held_out = (
-        (part.images, part.labels) for part in noisy_digits(split.train_size, split.label_noise, split.split_seed)
-    )
-    return Problem(
-        build=chosen.build,
-        numbers={"lr": chosen.lr, "weight_decay": chosen.weight_decay, "rho": chosen.rho},
-        momentum=chosen.momentum,
-        epochs=chosen.epochs,
-        batch_size=chosen.batch_size,
-        train=train,
-        validation=(held_out[0][:VALIDATION], held_out[1][:VALIDATION]),
-        test=(held_out[0][VALIDATION:], held_out[1][VALIDATION:]),
-        lr_factor=lambda steps: warmup_then_cosine(max(1, steps // 10), steps),
-        accuracy=lambda model, images, labels: evaluate(model, model, [(images, labels)])[1],
-    )
 
 
 @dataclass(frozen=True)
@@ -100,7 +56,7 @@ def run(job: Job) -> dict:
         times = _train(model, given, row, numbers, job.seed, timed=job.phase == "test")
         seconds = process_time() - started
     images, labels = given.test if job.phase == "test" else given.validation
-    accuracy = given.accuracy(model, images, labels)
+    accuracy = evaluate(model, model, [(images, labels)])[1]
     with torch.no_grad():
         loss = F.cross_entropy(model(images), labels).item()
     return {
@@ -117,7 +73,7 @@ def run(job: Job) -> dict:
 def _train(model: nn.Module, given: Problem, row: Row, numbers: Numbers, seed: int, timed: bool) -> dict:
     optimizer = row.build(model, given.momentum, numbers)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        getattr(optimizer, "base_optimizer", optimizer), given.lr_factor(given.steps)
+        getattr(optimizer, "base_optimizer", optimizer), warmup_then_cosine(max(1, given.steps // 10), given.steps)
     )
     policy = row.policy(optimizer, given.steps) if row.policy else None
     plain = copy.deepcopy(model)

@@ -64,7 +64,7 @@ def start(settings: TrainSettings, seed: int, device: str, data_dir: Path | None
     """A row's run before its first step."""
     if device.startswith("cuda"):
         torch.backends.cudnn.deterministic = True
-    train, test = _images(settings.data, data_dir, settings.image_size or None)
+    train, test = images_of(settings.data, data_dir, settings.image_size or None)
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{settings.data}: training images are {tuple(train.images.shape[1:])}, test images are not")
     if settings.validation:
@@ -73,7 +73,7 @@ def start(settings: TrainSettings, seed: int, device: str, data_dir: Path | None
             raise ValueError(f"validation={settings.validation} of {len(train)} images leaves less than a batch")
         train, test = train[:kept], train[kept:]
     train = train[: settings.train_size or len(train)]
-    prepare = _Prepare(settings, train.images, device)
+    prepare = Prepare(settings, train.images, device)
     classes, (channels, side) = len(train.classes), train.images.shape[1:3]
     noisy = label_noise(train.labels, settings.label_noise, classes, seed)
     batches = Batches(
@@ -96,7 +96,7 @@ def start(settings: TrainSettings, seed: int, device: str, data_dir: Path | None
     )
 
 
-class _Prepare:
+class Prepare:
     """Inputs of the network from uint8 images: normalised, and scaled.
 
     Without a mean of the settings by that of the network's weights, which makes three channels of grey images, or else
@@ -131,7 +131,7 @@ def _in_per_cent(row: dict[str, float]) -> dict[str, float]:
 
 
 @cache
-def _images(data: str, data_dir: Path | None, size: int | None) -> tuple[ImageSet, ImageSet]:
+def images_of(data: str, data_dir: Path | None, size: int | None) -> tuple[ImageSet, ImageSet]:
     """Training and test images, read once by a process that runs many rows."""
     splits = open_dataset(data, data_dir=data_dir)
     return in_memory(splits.train, size), in_memory(splits.test, size)

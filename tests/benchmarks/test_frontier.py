@@ -12,11 +12,13 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from benchmarks.frontier import __main__ as command
-from benchmarks.frontier import protocol, report, training
+from benchmarks.frontier import problems, protocol, report, training
 from benchmarks.frontier.experiments import MomentumEigenSAM
 from benchmarks.frontier.protocol import Plan, Records, Search
 from benchmarks.frontier.table import BASE, BY_NAME, ROWS, Row, resolved
 from benchmarks.frontier.training import Job
+from benchmarks.papers import tables, train
+from fastsam.commands.training.data import ImageSet
 
 SAM = BY_NAME["SAM"]
 #: Where the made-up accuracy of a run is highest: reached by factors of the table, none of them at an edge.
@@ -165,14 +167,13 @@ def test_a_run_counts_its_gradients_and_is_the_same_again(row, low, high):
 
 
 def test_tuning_never_sees_the_test_set(monkeypatch):
-    given, seen = training.problem("ResNet", quick=True), []
-    watched = training.dataclasses.replace(
-        given, accuracy=lambda model, images, labels: seen.append(images) or given.accuracy(model, images, labels)
+    given, seen, evaluate = training.problem("ResNet", quick=True), [], training.evaluate
+    monkeypatch.setattr(
+        training, "evaluate", lambda model, same, sets: seen.extend(x for x, _ in sets) or evaluate(model, same, sets)
     )
-    monkeypatch.setattr(training, "problem", lambda network, quick: watched)
     for phase, images in (("first", given.validation[0]), ("second", given.validation[0]), ("test", given.test[0])):
         training.run(Job("ResNet", "SGD", phase, tuple(sorted(given.numbers.items())), 0, quick=True))
-        assert seen.pop() is images
+        assert torch.equal(seen.pop(), images)
 
 
 def test_the_command_writes_json_table_and_picture_and_says_what_it_left_out(runs, tmp_path, monkeypatch, capsys):
@@ -191,6 +192,44 @@ def test_the_command_writes_json_table_and_picture_and_says_what_it_left_out(run
     assert text.endswith("<!-- frontier:end -->\nafter\n")
     assert "not there is left out: fastsam has no NoSuchSAM" in capsys.readouterr().out
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_photographs_have_the_split_and_the_numbers_of_the_papers_table_and_files_of_their_own(
+    runs, tmp_path, monkeypatch, capsys
+):
+    def images_of(data, data_dir, size):
+        assert (data, size) == ("elpv", 64)
+        pixels = torch.arange(470 + 10).view(-1, 1, 1, 1).expand(-1, 1, 64, 64) / 2
+        both = ImageSet(pixels.to(torch.uint8), torch.arange(480) % 2, ["functional", "defective"])
+        return both[:470], both[470:]
+
+    monkeypatch.setattr(train, "images_of", images_of)
+    problems.problem.cache_clear()
+    small = problems.problem("small ResNet on elpv", quick=True)
+    assert [len(labels) for _, labels in (small.train, small.validation, small.test)] == [64, 394, 10]
+    settings = next(row.settings for row in tables.read("elpv").rows if row.name == "small ResNet/SAM")
+    assert small.numbers == {name: getattr(settings, name) for name in ("lr", "weight_decay", "rho")}
+    assert small.build()(small.test[0]).shape == (10, 2)
+    # the brightest are those of the test, which is normalised as the training set is
+    assert small.train[0].mean().abs() < 1e-5 and small.test[0].min() > small.validation[0].min() > 0
+
+    only_sam = ["--data", "elpv", "--rows", "SAM", "--seeds", "3", "-o", str(tmp_path), "--networks"]
+    assert command.main([*only_sam, "small ResNet"]) == 0
+    assert {job.network for job in runs} == {"small ResNet on elpv"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"frontier-elpv.{end}" for end in ("json", "jsonl", "md", "png")
+    ]
+    with pytest.raises(SystemExit):
+        command.main([*only_sam, "ViT"])
+    assert "'ViT' is none of those on elpv: small ViT, small ResNet, EfficientNet-Lite0" in capsys.readouterr().err
+
+    def missing(data, data_dir, size):
+        raise ImportError("elpv is the package elpv-dataset, which is not installed")
+
+    monkeypatch.setattr(train, "images_of", missing)
+    problems.problem.cache_clear()
+    assert command.main([*only_sam, "small ViT"]) == 2
+    assert "elpv-dataset, which is not installed" in capsys.readouterr().out
 
 
 def test_a_document_without_markers_is_left_as_it_is(tmp_path):
