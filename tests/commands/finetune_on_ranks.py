@@ -10,7 +10,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import accelerate.utils.fsdp_utils  # noqa: F401
 import datasets  # noqa: F401
 import networks  # noqa: F401
 import torch.distributed.fsdp  # noqa: F401
+from free_port import free_port
 from transformers import ViTForImageClassification
 
 import fastsam.commands.finetune.job
@@ -58,10 +58,7 @@ def become(job, rank, port, folder):
 
 
 def run(job, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(job["ranks"]):
         processes.append(os.fork())
         if processes[-1] == 0:

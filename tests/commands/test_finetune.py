@@ -136,7 +136,7 @@ def test_sigkill_at_random_steps_changes_no_bit(birds, checkpoint, tmp_path, met
     output, chosen = tmp_path / "killed", random.Random(method)
     numbers = " ".join(str(chosen.randrange(6, 16)) for _ in range(kills))  # of 18 steps
     killed = [sys.executable, "-c", KILLED, numbers, "finetune", *command, "--output", str(output)]
-    run = subprocess.run(killed, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(killed, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert run.stdout.count(f"ended by {-signal.SIGKILL}") == kills, run.stdout + run.stderr
     assert not (output / "result.json").exists()
     last = finetune(*command, "--output", output)

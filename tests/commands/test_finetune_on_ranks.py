@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
         output = ["--output", str(folder / more.get("output", name))]
         jobs.append({**more, "name": name, "ranks": ranks, "arguments": [*named, *output]})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, HERE, HERE.parent / "distributed"]))
     command = [sys.executable, str(HERE / "finetune_on_ranks.py"), str(folder)]
     run = subprocess.run(
         command, input=json.dumps(jobs), env=environment, capture_output=True, text=True, timeout=900, check=False

@@ -288,7 +288,7 @@ def every_case():
 
 if __name__ == "__main__":
     from accelerate import notebook_launcher
-    from rank_pool import _free_port
+    from free_port import free_port
 
     folder = Path(sys.argv[1])
-    notebook_launcher(every_case, num_processes=RANKS, use_port=_free_port())
+    notebook_launcher(every_case, num_processes=RANKS, use_port=free_port())

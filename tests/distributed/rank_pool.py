@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from free_port import free_port
 
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=300)
 #: Processes begin as copies of one that has imported torch: a rank that was killed is replaced at once.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -41,7 +41,7 @@ class RankPool:
     def outcomes(self, ranks, function, *args):
         while len(self._workers) < ranks:
             self._workers.append(Worker())
-        address = f"tcp://127.0.0.1:{_free_port()}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         for rank, worker in enumerate(self._workers[:ranks]):
             worker.connection.send((address, rank, ranks, function, args))
         return [self._result(i) for i in range(ranks)]
@@ -102,9 +102,3 @@ def _serve(connection, path):
                 os._exit(1)
             dist.destroy_process_group()
             connection.send((result,))
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

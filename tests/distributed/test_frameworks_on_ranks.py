@@ -25,7 +25,7 @@ def on_ranks(tmp_path_factory):
     script = Path(__file__).with_name("rank_frameworks.py")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, script, folder], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, script, folder], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]

@@ -29,7 +29,7 @@ def test_example_trains(name):
         pytest.skip(f"{needed} is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, f"examples/{name}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, f"examples/{name}.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr
     assert float(re.search(r"test accuracy (\S+)", run.stdout)[1]) > 0.9
