@@ -304,17 +304,30 @@ def test_make_test_installs_torch_first_and_runs_every_check(project):
     assert all("-c constraints.txt" in line for line in run.stdout.splitlines() if "pip install" in line)
 
 
-@pytest.mark.parametrize("status", [0, 2])
-def test_ci_ends_with_the_summary_of_pytest_and_its_status(tmp_path, status):
-    summary = "===== 1 failed, 3 passed in 0.10s =====" if status else "===== 4 passed in 0.10s ====="
+@pytest.mark.parametrize(("runs", "last", "status"), [
+    (["4 passed"], "4 passed", 0),
+    (["4 failed, 3 passed"], "4 failed, 3 passed", 2),
+    (["1 error, 1 failed"], "1 error, 1 failed", 2),
+    (["2 failed, 3 passed", "2 passed"], "2 failed, 3 passed", 0),
+    (["2 failed, 3 passed", "1 failed, 1 passed"], "1 failed, 1 passed", 2),
+])  # fmt: skip
+def test_ci_ends_with_the_summary_of_pytest_and_runs_a_few_failures_once_more(tmp_path, runs, last, status):
+    """``runs``: what pytest says each time that make is called."""
     make = tmp_path / "make"
-    make.write_text(f"#!/bin/sh\necho \"$@\"\necho '{summary}'\necho 'make: later words'\nexit {status}\n")
+    (tmp_path / "said").write_text("".join(f"===== {said} in 0.10s =====\n" for said in runs))
+    make.write_text(
+        f"#!/bin/sh\ncd {tmp_path}\necho \"$@\" | tee -a calls\necho 'FAILED tests/a.py::b'\n"
+        'said=$(sed -n "$(wc -l < calls)p" said)\necho "$said"\necho \'make: later words\'\n'
+        'case "$said" in *failed*) exit 2;; esac\n'
+    )
     make.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     run = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == status
-    assert run.stdout.splitlines()[0] == "test"
-    assert run.stdout.splitlines()[-1] == summary
+    assert run.stdout.splitlines()[-1] == f"===== {last} in 0.10s ====="
+    again = "test ARGS=-n 0 --last-failed --last-failed-no-failures none"
+    assert (tmp_path / "calls").read_text().splitlines() == ["test", again][: len(runs)]
+    assert ("then run alone:\nFAILED tests/a.py::b" in run.stdout) == (len(runs) > 1), "it is named"
 
 
 def _load(path: Path, monkeypatch):
