@@ -15,7 +15,7 @@ from fastsam.commands.machine import machine
 from fastsam.commands.training.data import open_dataset
 from fastsam.commands.training.run import write_json
 
-DOCUMENT = ROOT / "docs" / "evidence.md"
+DOCUMENT, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     """Writes ``TABLE.jsonl`` (a line for each run), ``.json``, ``.md`` and pictures into ``output``; an exit status.
 
     The report is of the whole table, whatever ``rows`` were asked for. With ``document`` it is also put between the
-    table's marks in docs/evidence.md.
+    table's marks in docs/evidence.md, and one table of it between those in README.md.
     """
     tuned = Tuned(table, Records(output / f"{table.name}.jsonl"), seeds, data_dir)
     written = output / f"{table.name}.json"
@@ -54,6 +54,7 @@ def run(
     if document:
         shown = [f"![{path.stem.replace('-', ', ')}](../{path.relative_to(ROOT)})" for path in pictures]
         DOCUMENT.write_text(with_block(DOCUMENT.read_text(), table.name, "\n\n".join([text.rstrip(), *shown])))
+        README.write_text(with_block(README.read_text(), table.name, tuned_report.short(record)))
     say(text)
     for what in failed:
         say(f"failed: {what}")

@@ -116,6 +116,38 @@ def markdown(record: dict) -> str:
     return "\n".join(parts)
 
 
+def short(record: dict) -> str:
+    """One table: methods down, networks across; of the lines whose rows have numbers of their own."""
+    shown = {
+        line: {_method(row["name"]): row for row in found["rows"]}
+        for line, found in record["lines"].items()
+        if not any(row["numbers_of"] or row["curves"] for row in found["rows"])
+    }
+    if not shown:
+        return "Not run yet."
+    bases = {_method(record["lines"][line]["base"]) for line in shown}
+    parts = [f"| | gradients a step | {' | '.join(shown)} |", "|---|---:|" + "---:|" * len(shown)]
+    for method in dict.fromkeys(method for rows in shown.values() for method in rows):
+        found = [rows.get(method) for rows in shown.values()]
+        gradients = mean(row["gradients"] for row in found if row is not None)
+        cells = ("–" if row is None else _short_cell(row, method in bases) for row in found)
+        parts.append(f"| {method} | {gradients:.2f} | {' | '.join(cells)} |")
+    seeds = min(len(row["seeds"]) for rows in shown.values() for row in rows.values())
+    parts.append(
+        f"\n{record['title']}: test accuracy in %, mean of {seeds} seeds; behind it what a method has over "
+        f"{min(bases)}, in points, seed by seed, with its 95 % interval, in bold where that leaves out 0."
+    )
+    return "\n".join(parts)
+
+
+def _short_cell(row: dict, is_base: bool) -> str:
+    accuracy, interval = f"{100 * mean(row['accuracy']):.1f}", row["accuracy over base"]
+    if is_base:
+        return accuracy
+    gain = _interval(interval)
+    return f"{accuracy} ({f'**{gain}**' if told_apart(interval) else gain})"
+
+
 def _cells(row: dict, is_base: bool) -> Iterable[str]:
     numbers = ", ".join(f"{name} {value:.3g}" for name, value in row["numbers"].items())
     yield _method(row["name"])

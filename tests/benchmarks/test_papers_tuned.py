@@ -203,6 +203,10 @@ def test_the_report_says_what_is_told_apart_and_what_has_not_run(runs, tmp_path)
     assert "F-SAM (0 of 9 runs)" in text and "Not run yet: EfficientNet-Lite0." in text
     cells = next(line for line in text.splitlines() if line.startswith("| SAM |")).split(" | ")
     assert cells[1].startswith(f"{100 * sum(sam['accuracy']) / 3:.1f} ± ") and cells[3] == "+5.0 ± 0.0"
+    short = tuned_report.short(summed).splitlines()
+    assert short[0] == f"| | gradients a step | {LINE} |"
+    assert short[3] == f"| SAM | 2.00 | {100 * sum(sam['accuracy']) / 3:.1f} (**+5.0 ± 0.0**) |"
+    assert short[2].endswith(f"| {100 * sum(base['accuracy']) / 3:.1f} |") and "**" not in short[4]
     assert [path.name for path in tuned_report.draw(summed, tmp_path)] == ["elpv-differences.png"]
 
 
@@ -219,7 +223,9 @@ def test_curvature_is_a_table_and_a_picture_of_its_own(runs, tmp_path):
 def test_the_command_writes_its_report_and_the_page_between_its_marks(runs, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("before <!-- elpv:begin --><!-- elpv:end --> after")
+    (readme := tmp_path / "readme.md").write_text("of us <!-- elpv:begin --><!-- elpv:end -->")
     monkeypatch.setattr(tuned_command, "DOCUMENT", page)
+    monkeypatch.setattr(tuned_command, "README", readme)
     monkeypatch.setattr(tuned_command, "ROOT", tmp_path)
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(tuned_command, "open_dataset", lambda *a, **k: None)
@@ -230,6 +236,7 @@ def test_the_command_writes_its_report_and_the_page_between_its_marks(runs, tmp_
     text = page.read_text()
     assert (folder / "elpv.md").read_text().rstrip() in text and text.startswith("before") and text.endswith("after")
     assert "](../benchmarks/results/elpv-differences.png)" in text
+    assert f"| | gradients a step | {LINE} |" in readme.read_text() and readme.read_text().startswith("of us <!--")
     assert len((folder / "elpv.jsonl").read_text().splitlines()) == 2 * (6 + 2)
 
 
@@ -240,3 +247,4 @@ def test_the_page_shows_what_the_committed_runs_say():
     found = Tuned(table, Records(folder / "elpv.jsonl"))
     assert tuned_report.summary(found, table.rows, committed["machine"]) == committed
     assert tuned_report.markdown(committed).rstrip() in (ROOT / "docs" / "evidence.md").read_text()
+    assert tuned_report.short(committed) in (ROOT / "README.md").read_text()

@@ -68,7 +68,10 @@ def seed_everything(*purpose: int | str) -> int:
     """Seeds every global generator for a purpose; returns the seed."""
     seed = seed_of(*purpose)
     random.seed(seed)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)  # the other one writes its stack down, at every step
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
     return seed
