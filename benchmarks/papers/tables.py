@@ -114,6 +114,7 @@ def read(name: str, data: str | None = None, changes: dict[str, Any] | None = No
     if unknown:
         raise TableError(f"{path}: reported row {min(unknown)!r}{nearest(min(unknown), [r['name'] for r in raw])}")
     rows: dict[str, Row] = {}
+    stands_for: dict[str, str] = {}  # by the name of each row, that of the one which it is the same as
     for given in raw:
         values = {**content.get("defaults", {}), **given}
         row_name, numbers_of, row_seeds = values.pop("name"), values.pop("numbers_of", None), values.pop("seeds", None)
@@ -127,15 +128,16 @@ def read(name: str, data: str | None = None, changes: dict[str, Any] | None = No
             _apply(content.get("digits", []), values)
         settings = _settings(KINDS[kind], {**values, **(changes or {})}, f"{path.name}, row {row_name}")
         row = Row(row_name, settings, report, numbers_of, row_seeds)
-        rows.setdefault(json.dumps([dataclasses.asdict(settings), numbers_of and row_name]), row)
+        key = json.dumps([dataclasses.asdict(settings), numbers_of and row_name])
+        stands_for[row_name] = rows.setdefault(key, row).name
     words = {key: content.get(key, "") for key in ("title", "source", "note")}
     if data is not None and any(data != row.get("data", content.get("defaults", {}).get("data")) for row in raw):
         words["note"] = f"Run on {data} instead of the papers' data. {words['note']}".strip()
-    found = list(rows.values())
-    for row in found:
-        if row.numbers_of is not None and row.numbers_of not in [other.name for other in found]:
-            near = nearest(row.numbers_of, [other.name for other in found])
+    for row in rows.values():
+        if row.numbers_of is not None and row.numbers_of not in stands_for:
+            near = nearest(row.numbers_of, list(stands_for))
             raise TableError(f"{path}: row {row.name} has the numbers of {row.numbers_of!r}{near}")
+    found = [dataclasses.replace(row, numbers_of=stands_for.get(row.numbers_of or "")) for row in rows.values()]
     search = _search(content["search"], str(path)) if "search" in content else None
     return Table(path.stem, kind=kind, seeds=content.get("seeds", 3), rows=found, search=search, **words)
 

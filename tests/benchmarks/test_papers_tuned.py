@@ -24,7 +24,7 @@ from benchmarks.resumable import Records
 
 ROOT = Path(__file__).parents[2]
 TABLE = tables.read("elpv", "digits")
-LINE = "small ResNet"
+LINE, LONG = "small ResNet", "small ResNet, 32 epochs"
 #: Where the made-up accuracy of a run is highest; the table's factors reach all of it.
 BEST = {"lr": 0.1 * 0.5, "weight_decay": 1e-3 * 5.0, "rho": 0.1 * 2.0, "sigma": 0.5}
 
@@ -95,14 +95,21 @@ def test_every_row_of_elpv_has_a_base_a_budget_of_six_and_the_split_of_the_photo
 
 
 def test_a_row_with_the_numbers_of_another_has_no_search_and_shares_its_runs(runs, tmp_path):
-    line = f"{LINE}, what the perturbation follows"
+    line = f"{LONG}, what the perturbation follows"
     found = made(tmp_path, *rows("noise only", "F-SAM", line=line), seeds=2)
-    source = found.chosen(rows("F-SAM")[0])
+    source = found.chosen(rows("F-SAM", line=LONG)[0])
     noise = found.chosen(rows("noise only", line=line)[0])
     assert (noise.rho, noise.lmbda, noise.lr) == (source.rho, source.lmbda, source.lr)
     assert [job.row for job in runs if line in job.row] == [f"{line}/noise only"] * 2  # the others' are there already
     assert len(found.records.of(found.jobs(rows("F-SAM", line=line)[0], "test"))) == 2
     assert found.count(rows("noise only", line=line)[0], "first") == 0
+
+
+def test_rows_that_a_change_makes_the_same_keep_the_numbers_of_the_one_that_is_left():
+    table = tables.read("elpv", changes={"epochs": 1})
+    assert LONG not in tuned.lines(table.rows)
+    (noisy,) = (row for row in table.rows if row.name == f"{LONG}, 40 % of the labels drawn anew/SAM")
+    assert noisy.numbers_of == f"{LINE}/SAM"
 
 
 def test_a_row_may_have_fewer_seeds_than_its_table():
