@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.marks import with_block
 from fastsam.commands import demo
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "demo.md"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def with_demo_block(text: str, results: dict) -> str:
     """``text`` with everything between the demo's marks replaced by its table and caption."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{demo.markdown_table(results)}{END}{rest.split(END)[1]}"
+    return with_block(text, "demo", demo.markdown_table(results).removesuffix("\n"))
 
 
 if __name__ == "__main__":

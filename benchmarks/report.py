@@ -22,12 +22,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.marks import with_block
 from fastsam.commands.bench import tables
 from fastsam.commands.bench.settings import METHODS
 from fastsam.commands.bench.tables import BASE_TITLES, COLUMNS, number
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 GPU_SHARED = ("title", "base", "dtype", "batch", "method")  # what a row of a GPU's tables has in common, if it has it
 OURS = ("fastsam", "fastsam-flat")
 
@@ -57,12 +56,8 @@ def with_benchmark_block(text: str, result: dict[str, Any]) -> str:
 
     Raises ``ValueError`` unless the text has exactly one pair of marks, in order.
     """
-    begin, end = (GPU_BEGIN, GPU_END) if of_gpu(result) else (BEGIN, END)
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"expected one {begin} followed by one {end}")
-    head, rest = text.split(begin)
-    block = gpu_markdown(result) if of_gpu(result) else markdown(result)
-    return f"{head}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+    name, table = ("gpu", gpu_markdown) if of_gpu(result) else ("benchmark", markdown)
+    return with_block(text, name, table(result))
 
 
 def of_gpu(result: dict[str, Any]) -> bool:

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-BEGIN, END = "<!-- scale:begin -->", "<!-- scale:end -->"
+from benchmarks.marks import with_block
+
 GPUS = (8, 64, 512, 4096, 16384)
 WEIGHT = GRADIENT = 4  # bytes: float32, as FSDP2's mixed precision keeps its shards and reduces gradients
 COMPUTE = 2  # bytes: what is gathered for the passes, and their activations, are bfloat16
@@ -325,14 +326,6 @@ def _rounded(x: float) -> str:
     return f"{x:.{digits}f}" if digits else str(round(x, 2 - math.floor(math.log10(x)))).removesuffix(".0")
 
 
-def with_block(text: str) -> str:
-    """``text`` with everything between the marks replaced; ``ValueError`` unless it has one pair of them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} followed by one {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{markdown()}\n\n{END}{rest.split(END)[1]}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.split("\n")[0])
     parser.add_argument("--document", type=Path, help="file whose block is to be rewritten")
@@ -342,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown())
         return 0
     current = options.document.read_text(encoding="utf-8")
-    updated = with_block(current)
+    updated = with_block(current, "scale", f"\n{markdown()}\n")
     if not options.check:
         options.document.write_text(updated, encoding="utf-8")
     elif updated != current:

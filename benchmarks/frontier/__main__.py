@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.frontier import problems, protocol, report
 from benchmarks.frontier.table import BASE, BY_NAME, ROWS
+from benchmarks.marks import rewrite
 from fastsam.commands.machine import machine
 from fastsam.commands.training.data import DataError
 
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.output / f"{stem}.md").write_text(table)
     report.draw(results, options.output / f"{stem}.png")
     if options.document is not None:
-        report.write_between_markers(options.document, table)
+        rewrite(options.document, "frontier", table.rstrip())
     say(table)
     for what in failed:
         say(f"failed: {what}")

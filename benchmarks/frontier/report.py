@@ -15,7 +15,6 @@ from scipy.stats import t
 from benchmarks.frontier.protocol import Plan, Records, Search
 from benchmarks.frontier.table import BASE, Row
 
-MARKERS = ("<!-- frontier:begin -->", "<!-- frontier:end -->")
 #: What is asked of the cheap methods: (highest price, share of the best two-gradient method's gain over SGD).
 ASKED = ((1.15, 0.95), (1.35, 1.0))
 #: Rows further below the base than this are named under the picture and not drawn.
@@ -138,16 +137,6 @@ def _sentence(asked: dict) -> str:
         return f"No method at a price of at most {asked['price']}."
     share = "no gain to compare with" if asked["found"] is None else f"{asked['found']:.0%} of the gain"
     return f"At a price of at most {asked['price']}: {asked['method']}, {share} ({asked['share']:.0%} asked)."
-
-
-def write_between_markers(path: Path, text: str) -> None:
-    """Replaces what stands between the frontier's markers in a document."""
-    begin, end = MARKERS
-    before, found, rest = path.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{path} has no {begin} ... {end}: add the two lines where the table belongs")
-    path.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 def draw(results: dict, path: Path) -> None:

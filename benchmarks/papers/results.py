@@ -9,6 +9,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+from benchmarks.marks import rewrite
 from benchmarks.papers import pictures
 from benchmarks.papers.tables import Row, Table, split_name
 from fastsam.commands.machine import machine
@@ -67,19 +68,9 @@ def commit(record: dict, name: str, output: Path) -> None:
     """``benchmarks/results/NAME_table.json``, pictures beside it, and the block of that name in ``docs/papers.md``."""
     path = ROOT / "benchmarks" / "results" / f"{name}_table.json"
     path.write_text(json.dumps(record, indent=None, separators=(",", ":")).replace('{"name"', '\n{"name"') + "\n")
-    document = ROOT / "docs" / "papers.md"
-    document.write_text(with_block(document.read_text(), name, markdown(record)))
+    rewrite(ROOT / "docs" / "papers.md", name, markdown(record))
     for picture in output.glob("*.png"):
         shutil.copy(picture, path.with_name(f"{name}-{picture.name}"))
-
-
-def with_block(text: str, name: str, block: str) -> str:
-    """``text`` with what lies between the marks of ``name`` replaced."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the document needs one {begin} and one {end}")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def markdown(record: dict) -> str:

@@ -137,7 +137,9 @@ def read(name: str, data: str | None = None, changes: dict[str, Any] | None = No
         if row.numbers_of is not None and row.numbers_of not in stands_for:
             near = nearest(row.numbers_of, list(stands_for))
             raise TableError(f"{path}: row {row.name} has the numbers of {row.numbers_of!r}{near}")
-    found = [dataclasses.replace(row, numbers_of=stands_for.get(row.numbers_of or "")) for row in rows.values()]
+    found = [
+        dataclasses.replace(row, numbers_of=row.numbers_of and stands_for[row.numbers_of]) for row in rows.values()
+    ]
     search = _search(content["search"], str(path)) if "search" in content else None
     return Table(path.stem, kind=kind, seeds=content.get("seeds", 3), rows=found, search=search, **words)
 

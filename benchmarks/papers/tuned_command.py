@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.marks import rewrite
 from benchmarks.papers import tuned_report
-from benchmarks.papers.results import ROOT, with_block
+from benchmarks.papers.results import ROOT
 from benchmarks.papers.tables import Row, Table
 from benchmarks.papers.tuned import Tuned, execute, with_needed
 from benchmarks.resumable import Records
@@ -53,8 +54,8 @@ def run(
     pictures = tuned_report.draw(record, output)
     if document:
         shown = [f"![{path.stem.replace('-', ', ')}](../{path.relative_to(ROOT)})" for path in pictures]
-        DOCUMENT.write_text(with_block(DOCUMENT.read_text(), table.name, "\n\n".join([text.rstrip(), *shown])))
-        README.write_text(with_block(README.read_text(), table.name, tuned_report.short(record)))
+        rewrite(DOCUMENT, table.name, "\n\n".join([text.rstrip(), *shown]))
+        rewrite(README, table.name, tuned_report.short(record))
     say(text)
     for what in failed:
         say(f"failed: {what}")

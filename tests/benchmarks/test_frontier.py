@@ -17,6 +17,7 @@ from benchmarks.frontier.experiments import MomentumEigenSAM
 from benchmarks.frontier.protocol import Plan, Records, Search
 from benchmarks.frontier.table import BASE, BY_NAME, ROWS, Row, resolved
 from benchmarks.frontier.training import Job
+from benchmarks.marks import rewrite
 from benchmarks.papers import tables, train
 from fastsam.commands.training.data import ImageSet
 
@@ -235,7 +236,7 @@ def test_photographs_have_the_split_and_the_numbers_of_the_papers_table_and_file
 def test_a_document_without_markers_is_left_as_it_is(tmp_path):
     (tmp_path / "a.md").write_text("<!-- frontier:begin -->\n")
     with pytest.raises(ValueError, match="frontier:end"):
-        report.write_between_markers(tmp_path / "a.md", "x")
+        rewrite(tmp_path / "a.md", "frontier", "x")
     assert (tmp_path / "a.md").read_text() == "<!-- frontier:begin -->\n"
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("datasets")
+from benchmarks.marks import with_block
 from benchmarks.papers import methods, networks, results, tables, train
 from benchmarks.papers.__main__ import main
 from benchmarks.papers.settings import TrainSettings
@@ -450,7 +451,7 @@ def test_the_document_shows_the_committed_result_of_the_settings_that_the_search
     folder = ROOT / "benchmarks" / "results"
     record = json.loads((folder / "digits_table.json").read_text())
     document = (ROOT / "docs" / "papers.md").read_text()
-    assert results.with_block(document, "digits", results.markdown(record)) == document
+    assert with_block(document, "digits", results.markdown(record)) == document
     best = {row["name"]: row["best"] for row in json.loads((folder / "digits_search.json").read_text())["rows"]}
     for row in tables.read("digits").rows:
         assert {name: getattr(row.settings, name) for name in best[row.name]} == best[row.name]

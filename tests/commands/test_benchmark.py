@@ -242,7 +242,7 @@ def test_markdown_table_has_times_shares_ratios_and_notes():
 
 def test_readme_block_is_replaced_and_nothing_else(tmp_path):
     readme, result = tmp_path / "README.md", tmp_path / "result.json"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- benchmark:begin -->\nold\n<!-- benchmark:end -->\nafter\n")
     result.write_text(json.dumps(RESULT))
     arguments = [str(result), "--readme", str(readme)]
     assert report.main([*arguments, "--check"]) == 1
@@ -280,7 +280,7 @@ def gpu_result():
 
 def test_the_block_of_a_gpu_has_shares_ratios_and_plain_steps(tmp_path):
     readme, result = tmp_path / "README.md", tmp_path / "gpu.json"
-    blocks = f"{report.BEGIN}\nof the CPU\n{report.END}\n{report.GPU_BEGIN}\nold\n{report.GPU_END}\n"
+    blocks = "<!-- benchmark:begin -->\nof the CPU\n<!-- benchmark:end -->\n<!-- gpu:begin -->\nold\n<!-- gpu:end -->\n"
     readme.write_text(blocks)
     result.write_text(json.dumps(gpu_result()))
     assert report.main([str(result), "--readme", str(readme)]) == 0

@@ -48,7 +48,9 @@ def resnet50(classes: int = 10, *, width: int = 64, channels: int = 3, stem: str
     return _ResNet(_Bottleneck, [3, 4, 6, 3], [width << i for i in range(4)], classes, channels, stem)
 
 
-def small_resnet(classes: int = 10, *, widths=(16, 32, 64), channels: int = 1, stem: str = "cifar") -> nn.Module:
+def small_resnet(
+    classes: int = 10, *, widths: Sequence[int] = (16, 32, 64), channels: int = 1, stem: str = "cifar"
+) -> nn.Module:
     """A residual network with BatchNorm: one basic block for each of ``widths``; otherwise as :func:`resnet18`."""
     return _ResNet(_BasicBlock, [1] * len(widths), widths, classes, channels, stem)
 
