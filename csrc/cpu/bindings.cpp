@@ -120,14 +120,16 @@ void descend_sgd(const Table& t, uintptr_t backup, uintptr_t momentum_buffer, co
 
 // lr, beta1, beta2, eps, weight_decay, decoupled, maximize
 using AdamTuple = std::tuple<double, double, double, double, double, bool, bool>;
+// counted: a byte a parameter, 1 where its step count goes up.
 void descend_adam(const Table& t, uintptr_t backup, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t steps,
-                  const std::vector<AdamTuple>& tuples, double grad_scale, double clip_value,
+                  std::string_view counted, const std::vector<AdamTuple>& tuples, double grad_scale, double clip_value,
                   const std::vector<MixtureTuple>& mixtures, uintptr_t stored, uintptr_t stored_next,
                   const std::vector<uint32_t>& keys, int threads) {
   std::vector<AdamGroup> groups;
   for (const auto& [lr, beta1, beta2, eps, weight_decay, decoupled, maximize] : tuples)
     groups.push_back({lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
   const std::vector<MixtureGroup> mixed = mixture_groups(mixtures);
+  for (size_t i = 0; i < counted.size(); ++i) at<float>(steps)[i] += counted[i];
   const AdamArgs args{at<void>(backup), at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(steps), groups.data(), grad_scale, clip_value,
                       mixing(mixed, stored, stored_next), rounding(keys), worth_streaming(t)};
   descend(t, backup, threads, [&](const Piece& p) { kernels().descend_adam(p, args); });

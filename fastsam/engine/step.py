@@ -123,7 +123,7 @@ class Step:
         return 1 if self.stands_still() else self._gradients()
 
     def _gradients(self) -> int:
-        group = self.groups()[0]
+        group = named(self.base.param_groups[0], self.recipe, self.defaults, self.aliases)
         return self.recipe.evaluations(group.get("steps", 0), group)
 
     def climb(self, scaling: Scaling, so_far: Accumulated | None = None, micro_batch: bool = False) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 
 import torch
 from torch import Tensor
 
 from fastsam.flat.space import FlatSpace
 from fastsam.kernels import Ascent, Descent
-from fastsam.kernels.torch import all_finite, carried, clip_coefficient, mixtures_of
+from fastsam.kernels.torch import all_finite, clip_coefficient, mixtures_of
 
 try:
     from fastsam import _cpu  # type: ignore[attr-defined]
@@ -65,7 +66,10 @@ def gram(space: FlatSpace, ascent: Ascent) -> Tensor:
         float(ascent.grad_scale),
         torch.get_num_threads(),
     )
-    return carried(torch.tensor(sums, dtype=torch.float64, device="cpu"), ascent.met)
+    if ascent.met is not None:  # as carried() has it
+        sums = [found + 0.0 * past for found, past in zip(sums, ascent.met.tolist(), strict=True)]
+    # Right after a backward pass, when little of torch is in the caches, torch.tensor takes 67 us and this 29.
+    return torch.frombuffer(array("d", sums), dtype=torch.float64)
 
 
 def climb(space: FlatSpace, ascent: Ascent, sums: Tensor) -> None:
@@ -112,15 +116,13 @@ def descend_sgd(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
 def descend_adam(space: FlatSpace, descent: Descent, sums: Tensor) -> None:
     if not all_finite(sums.tolist()):
         return restore(space)
-    steps = descent.state["step"]
-    with_gradient = [g is not None for g in space.gradients]
-    steps += 1 if all(with_gradient) else torch.tensor(with_gradient, device="cpu")
     _cpu.descend_adam(
         _table(space, descent.started, _STATE_STARTED, merge=False),
         _backup(space),
         _address(descent.state["exp_avg"]),
         _address(descent.state["exp_avg_sq"]),
-        _address(steps),
+        _address(descent.state["step"]),
+        bytes(g is not None for g in space.gradients),
         [
             (
                 float(g["lr"]),

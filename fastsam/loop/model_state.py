@@ -45,9 +45,12 @@ class TwoPasses:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r} must be a torch.nn.Module")
         self.model = model
-        self._before = Generators(p.device for p in model.parameters()) if shared_masks else None
+        # One walk over the model: on a small network each takes as long as the kernels do.
+        weights = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+        self._devices = {p.device for p in weights}
+        self._before = Generators(self._devices) if shared_masks else None
         # A forward pass may update frozen weights, as that of a momentum encoder does, in place or by other memory.
-        self._frozen = [(p, _written(p)) for p in model.parameters() if not p.requires_grad]
+        self._frozen = [(p, _written(p)) for p in weights if not p.requires_grad]
 
     @contextlib.contextmanager
     def second(self) -> Iterator[None]:
@@ -71,7 +74,7 @@ class TwoPasses:
         _copy(values, buffers)
         after_first = None
         if self._before is not None:
-            after_first = Generators(p.device for p in self.model.parameters())
+            after_first = Generators(self._devices)
             self._before.restore()
         try:
             yield

@@ -1,9 +1,10 @@
 """``fastsam bench --memory``: bytes a parameter that an optimizer takes beyond weights and gradients.
 
-*Counted* are the arrays that an implementation keeps from step to step: the base optimizer's momentum (4 bytes,
-AdamW's two moments 8), the backup of the weights (4), averages and eigenvector. *Between steps* and *peak* are
-measured, each case in a process of its own that has made one step already: what the process has more than with weights
-and gradients alone, and the most it has during two more steps. The difference are temporaries.
+*Counted* are the arrays that an implementation keeps from step to step, here in bytes of float32: the base optimizer's
+momentum (4, AdamW's two moments 8), the backup of the weights (4), averages and eigenvector. Where the weights are in
+bfloat16, so are all of these, and fastsam rounds the update stochastically. *Between steps* and *peak* are measured,
+each case in a process of its own that has made one step already: what the process has more than with weights and
+gradients alone, and the most it has during two more steps. The difference are temporaries.
 """
 
 from __future__ import annotations
@@ -37,26 +38,37 @@ class Case(NamedTuple):
     implementation: str
     kept: int
     half: bool = False  # state_dtype=torch.bfloat16
+    temporaries: int = 1  # arrays of the size of the weights, at most, within a step
+    weights: torch.dtype = torch.float32
 
     @property
     def title(self) -> str:
         return self.implementation + (", state_dtype=bfloat16" if self.half else "")
 
+    def counted(self, base: str) -> int:
+        """Bytes a parameter."""
+        return (_BASE[base] + self.kept) * self.weights.itemsize // 4
 
-CASES = (
+    def need(self, base: str) -> int:
+        """Bytes a parameter at most, weights and gradients among them."""
+        return self.counted(base) + (2 + self.temporaries) * self.weights.itemsize
+
+
+_FLOAT32 = (
     Case("base", "torch", 0),
     Case("sam", "fastsam", 4),
     Case("sam", "authors", 4),
-    Case("sam", "pytorch_optimizer", 4),
+    Case("sam", "pytorch_optimizer", 4, temporaries=2),
     Case("fsam", "fastsam", 4 + 4 + 4),
     Case("fsam", "fastsam", 4 + 2 + 2, half=True),
     Case("fsam", "authors", 4 + 4),
-    Case("fsam", "pytorch_optimizer", 4 + 4),
+    Case("fsam", "pytorch_optimizer", 4 + 4, temporaries=2),
     Case("eigensam", "fastsam", 4 + 4),
     Case("eigensam", "fastsam", 4 + 2, half=True),
-    Case("eigensam", "authors", 4 + 4),
+    Case("eigensam", "authors", 4 + 4, temporaries=4),
     Case("momentumsam", "fastsam", 4),
 )
+CASES = _FLOAT32 + tuple(case._replace(weights=torch.bfloat16) for case in _FLOAT32 if not case.half)
 
 
 def measure(
@@ -71,9 +83,10 @@ def measure(
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for case, line in zip(CASES, process.stdout, strict=False):
-                show(f"{model}, {base}: {_TITLES[case.method]}, {case.title}")
-                row = {"set": model, "base": base, "method": case.method, "title": case.title}
-                rows.append({**row, "counted": _BASE[base] + case.kept, **json.loads(line)})
+                weights = str(case.weights).removeprefix("torch.")
+                show(f"{model} in {weights}, {base}: {_TITLES[case.method]}, {case.title}")
+                row = {"set": model, "weights": weights, "base": base, "method": case.method, "title": case.title}
+                rows.append({**row, "counted": case.counted(base), **json.loads(line)})
         if process.returncode:
             raise OSError(f"the process that measures {model} ended with {process.returncode}: see what it wrote")
     return rows
@@ -81,11 +94,19 @@ def measure(
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table, in bytes a parameter."""
-    lines = ["| parameters | base | method | implementation | counted | between steps | peak |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| parameters | weights | base | method | implementation | counted | between steps | peak |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         measured = [row["note"], ""] if "note" in row else [f"{row['between']:.1f}", f"{row['peak']:.1f}"]
-        cells = [row["set"], row["base"], _TITLES[row["method"]], row["title"], f"{row['counted']}", *measured]
+        cells = [
+            row["set"],
+            row["weights"],
+            row["base"],
+            _TITLES[row["method"]],
+            row["title"],
+            f"{row['counted']}",
+            *measured,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -102,12 +123,13 @@ def one_case(model: str, base: str, device: str, case: Case) -> dict[str, float 
     """Bytes a parameter between steps and at the peak of a step, beyond weights and gradients."""
     place = torch.device(device)
     try:  # once with next to nothing, so that what is imported and set up is there before
-        _steps(case, base, [torch.nn.Parameter(torch.ones(1, device=place))], [torch.ones(1, device=place)])()
+        one = torch.ones(1, device=place, dtype=case.weights)
+        _steps(case, base, [torch.nn.Parameter(one.clone())], [one])()
     except rivals.NotOffered as reason:
         return {"note": str(reason)}
     shapes = parameter_set(model)
-    parameters = [torch.nn.Parameter(t) for t in shapes.random(0, 0.02, place)]
-    gradients = shapes.random(1, 0.01, place)
+    parameters = [torch.nn.Parameter(t) for t in shapes.random(0, 0.02, place, case.weights)]
+    gradients = shapes.random(1, 0.01, place, case.weights)
     with PeakMemory(place) as start:
         pass
     steps = _steps(case, base, parameters, gradients)
@@ -132,9 +154,10 @@ def _steps(
     if case.method == "base":
         passes = [base_class(parameters, **options).step]
     elif case.implementation == "fastsam":
-        half = {"state_dtype": torch.bfloat16} if case.half else {}
+        own: dict[str, Any] = {"state_dtype": torch.bfloat16} if case.half else {}
+        own |= {"stochastic_rounding": True} if case.weights == torch.bfloat16 else {}
         kind = {"sam": "SAM", "fsam": "FriendlySAM", "eigensam": "EigenSAM", "momentumsam": "MomentumSAM"}[case.method]
-        optimizer = getattr(fastsam, kind)(parameters, base_class, rho=RHO, **half, **options)
+        optimizer = getattr(fastsam, kind)(parameters, base_class, rho=RHO, **own, **options)
         if case.method == "eigensam":
             optimizer.eigenvector = gradients
         passes = [optimizer.first_step, optimizer.second_step]
@@ -161,8 +184,7 @@ def main(model: str, base: str, device: str) -> None:
     parameters = parameter_set(model).parameters
     warnings.filterwarnings("ignore", "the second gradient is the first")  # they are the same memory
     for case in CASES:
-        # weights, gradients, what is kept, and temporaries of four arrays
-        need, free = (8 + _BASE[base] + case.kept + 16) * parameters, free_memory(torch.device(device))
+        need, free = case.need(base) * parameters, free_memory(torch.device(device))
         if free is not None and need > free:
             note = f"does not fit: needs up to {need / 2**30:.1f} of {free / 2**30:.1f} GiB"
             print(json.dumps({"note": note}), flush=True)

@@ -95,10 +95,12 @@ class Order:
         return self._steps * self._accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch = self._step() // self._steps
-        for chosen in islice(shuffled(self._count, self._size, self._seed, epoch * self._steps), self._steps):
-            for part in chosen.chunk(self._ranks)[self._rank].chunk(self._accumulate):
-                yield part.tolist()
+        first = self._step() // self._steps * self._steps
+        mine = self._size // self._ranks
+        for step in islice(shuffled(self._count, self._size, self._seed, first), self._steps):
+            own = step.tolist()[self._rank * mine : (self._rank + 1) * mine]
+            size = mine // self._accumulate
+            yield from (own[start : start + size] for start in range(0, mine, size))
 
 
 def loader(images: Images, batches: Any, workers: int, pin: bool = False) -> DataLoader:

@@ -21,7 +21,7 @@ from fastsam.commands.finetune import processes
 from fastsam.commands.finetune.batches import Images
 from fastsam.commands.finetune.interruption import Interrupted, OutOfMemory, Stop, memory_watched, what_to_lower
 from fastsam.commands.finetune.parts import Job
-from fastsam.commands.finetune.settings import ADDED, Settings, optimizers
+from fastsam.commands.finetune.settings import Settings, optimizers
 from fastsam.commands.finetune.show import Show, memory_mib
 from fastsam.commands.finetune.surroundings import (
     check_packages,
@@ -93,18 +93,18 @@ def _in_folder(job: Job, found: dict[str, Any], shown: Show) -> dict[str, Any]:
     if processes.rank() > 0:
         processes.on_each(lambda: None)
     else:
-        config, added = {**settings.as_json(), **found}, {**ADDED, "test_images": found["test_images"]}
+        config = {**settings.as_json(), **found}
         folder = job.folder = processes.on_each(
-            lambda: RunFolder(settings.output, config, settings.may_change(), added)
+            lambda: RunFolder(settings.output, config, settings.may_change(), Settings().as_json())
         )
-    state = processes.on_first(lambda: None if folder is None else (folder.step, folder.result, _progress(folder)))
+    state = processes.on_first(lambda: None if folder is None else (folder.step, folder.result, folder.load()))
     assert state is not None  # the first process has a folder
-    job.saved_step, result, progress = state
+    job.saved_step, result, payload = state
     if result is not None:
         shown.say(f"{settings.output} holds this run, and it is finished: for a new one name another --output")
     else:
         with memory_watched(NO_MEMORY):
-            result = _trained(job, progress, shown)
+            result = _trained(job, payload and payload["progress"], shown)
         if folder is not None:
             _report(settings.output, result, shown)
             folder.finish(result)  # last: killed before it, the run writes both again
@@ -206,18 +206,6 @@ def _decode(job: Job, shown: Show) -> None:
     job.test = Images(splits.test, _labels(splits.test), *common)
     job.arguments.dataloader_num_workers = 0 if job.test.in_memory else job.test.workers
     job.arguments.dataloader_pin_memory = device.type == "cuda" and not job.test.in_memory
-
-
-def _progress(folder: RunFolder) -> dict[str, Any] | None:
-    """What the run remembers, or None for a new one; the checkpoint of an earlier version becomes one of this."""
-    payload = folder.load()
-    if payload is None:
-        return None
-    if "model" in payload:
-        from fastsam.commands.finetune.earlier import converted
-
-        return converted(folder, payload)
-    return payload["progress"]
 
 
 def _check_kind(path: Path, sharded: bool) -> None:

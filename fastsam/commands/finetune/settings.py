@@ -43,9 +43,6 @@ MAY_CHANGE = (
     "gradient_checkpointing", "accumulate",
 )  # fmt: skip
 
-#: Settings that runs of earlier versions do not name, and the values that mean what those runs did.
-ADDED = {"image_size": None, "gamma": 0.9, "theta": 0.4, "k": 5, "ascent_share": 1.0}
-
 
 @dataclass(frozen=True)
 class Settings:

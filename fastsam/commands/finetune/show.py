@@ -65,11 +65,13 @@ class Show:
 
 def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is to say of a finished run, from what ``result.json`` holds: (what, value)."""
-    said = [
+    best = f"{100 * result['best_accuracy']:.2f} %, after epoch {result['best_epoch']}"
+    return [
         ("model", f"{result['model']}, {result['parameters']:,} parameters"),
         ("data", f"{result['data']}, {result['train_images']:,} images, {result['test_images']:,} for testing"),
         ("method", f"{result['method']} over {result['optimizer']}"),
         ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
+        ("best, in best/", best),
         ("test loss", f"{result['test_loss']:.4f} nats"),
         ("steps", f"{result['steps']:,} in {result['seconds']:.1f} s"),
         ("images a second", f"{result['images_per_second']:,.0f}"),
@@ -77,10 +79,6 @@ def lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{result['memory_mib']:,.0f} MiB at most"),
         ("saved in", result["saved"]),
     ]
-    if "best_epoch" in result:  # not there in a run of an earlier version
-        best = f"{100 * result['best_accuracy']:.2f} %, after epoch {result['best_epoch']}"
-        said.insert(4, ("best, in best/", best))
-    return said
 
 
 def memory_mib(device: torch.device) -> float:

@@ -4,7 +4,8 @@
   generators to save, and data loaders are this package's.
 - A checkpoint takes the place of the one before as a whole, and holds safetensors and tensors, no pickled arguments.
 - The schedule reaches 0 with the last step and begins above 0; weight decay and learning rates go by layer.
-- Network, loss and autocast are those of images: uint8 until they are on the device.
+- Network, loss and autocast are those of images: uint8 until they are on the device. A pass sets no mode and counts
+  no tokens.
 """
 
 from __future__ import annotations
@@ -115,10 +116,11 @@ class Finetuning(Trainer):
         self.record.waited(start)
         rank = [self.args.process_index] if self.args.world_size > 1 else []
         seed = seed_everything(self.settings.seed, "step", self.state.global_step, *rank)
-        images = torch.cat([batch["pixel_values"].to(device, non_blocking=True) for batch in batches])
+        parts = [batch["pixel_values"].to(device, non_blocking=True) for batch in batches]
+        images = parts[0] if num_batches == 1 else torch.cat(parts)
         images = self._augmented(self.job.preparation.normalised(images), seed).to(self.dtype)
-        parts = zip(images.chunk(num_batches), batches, strict=True)
-        return [{"pixel_values": x, "labels": b["labels"].to(device, non_blocking=True)} for x, b in parts], None
+        pairs = zip(images.chunk(num_batches), batches, strict=True)
+        return [{"pixel_values": x, "labels": b["labels"].to(device, non_blocking=True)} for x, b in pairs], None
 
     def _augmented(self, images: Tensor, seed: int) -> Tensor:
         settings = self.settings
@@ -138,6 +140,17 @@ class Finetuning(Trainer):
         return inputs
 
     # ---- the step --------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One pass over a micro-batch. The Trainer's own sets the mode of every module anew in each."""
+        if not model.training:
+            model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -257,7 +270,7 @@ class Finetuning(Trainer):
         return processes.on_first(lambda: str(write()))
 
 
-class SharpFinetuning(Finetuning, SAMTrainer):
+class SharpFinetuning(SAMTrainer, Finetuning):
     """The same with a method of fastsam, as :class:`SAMTrainer` makes its steps."""
 
     def __init__(self, job: Job, record: Any) -> None:
@@ -287,7 +300,7 @@ class SharpFinetuning(Finetuning, SAMTrainer):
         if not self.settings.perturb_parts:
             return super().training_step(model, inputs, num_items_in_batch)
         parts, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
-        closure = partial(Trainer.training_step, self, model, inputs, num_items_in_batch)
+        closure = partial(Finetuning.training_step, self, model, inputs)
         try:
             with torch.enable_grad():
                 return (
