@@ -42,6 +42,7 @@ class TrainSettings:
     image_size: int = 0  # images are scaled to it when they are read
     scale_to: int = 0  # and to this in the batch
     train_size: int = 0
+    train_every: int = 0  # of these, every so-many-th image
     validation: int = 0  # test on so many images taken from the training set instead
     checkpoint: str = ""  # of a pre-trained network
     network_options: dict = field(default_factory=dict)

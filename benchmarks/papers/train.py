@@ -72,7 +72,7 @@ def start(settings: TrainSettings, seed: int, device: str, data_dir: Path | None
         if kept < settings.batch_size:
             raise ValueError(f"validation={settings.validation} of {len(train)} images leaves less than a batch")
         train, test = train[:kept], train[kept:]
-    train = train[: settings.train_size or len(train)]
+    train = train[: settings.train_size or len(train) : settings.train_every or 1]
     prepare = Prepare(settings, train.images, device)
     classes, (channels, side) = len(train.classes), train.images.shape[1:3]
     noisy = label_noise(train.labels, settings.label_noise, classes, seed)

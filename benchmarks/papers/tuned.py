@@ -46,8 +46,8 @@ class Tuned:
 
     def seeds(self, row: Row) -> int:
         """Of the test."""
-        wanted = self._seeds or self.table.seeds
-        return min(wanted, row.seeds or wanted)
+        wanted = row.seeds or self.table.seeds
+        return min(wanted, self._seeds or wanted)
 
     def rule(self, row: Row) -> dict:
         """The last of the search's rules that applies to a row."""

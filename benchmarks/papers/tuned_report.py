@@ -132,7 +132,8 @@ def short(record: dict) -> str:
         gradients = mean(row["gradients"] for row in found if row is not None)
         cells = ("–" if row is None else _short_cell(row, method in bases) for row in found)
         parts.append(f"| {method} | {gradients:.2f} | {' | '.join(cells)} |")
-    seeds = min(len(row["seeds"]) for rows in shown.values() for row in rows.values())
+    counts = {len(row["seeds"]) for rows in shown.values() for row in rows.values()}
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     parts.append(
         f"\n{record['title']}: test accuracy in %, mean of {seeds} seeds; behind it what a method has over "
         f"{min(bases)}, in points, seed by seed, with its 95 % interval, in bold where that leaves out 0."

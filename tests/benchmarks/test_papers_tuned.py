@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from run_here import Here
 
 pytest.importorskip("datasets")
@@ -16,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
-from benchmarks.papers import results, tables, tuned, tuned_command, tuned_report, tuned_run
+from benchmarks.papers import results, tables, train, tuned, tuned_command, tuned_report, tuned_run
 from benchmarks.papers.__main__ import main
 from benchmarks.papers.tuned import Tuned, execute, with_needed
 from benchmarks.papers.tuned_run import Job
@@ -112,11 +113,21 @@ def test_rows_that_a_change_makes_the_same_keep_the_numbers_of_the_one_that_is_l
     assert noisy.numbers_of == f"{LINE}/SAM"
 
 
-def test_a_row_may_have_fewer_seeds_than_its_table():
+def test_a_row_may_have_fewer_or_more_seeds_than_its_table():
     found = Tuned(TABLE, Records(ROOT / "no such file"))
     (curvature,) = rows("SAM", line="EfficientNet-Lite0, curvature")
     assert (found.seeds(curvature), found.seeds(rows("SAM")[0])) == (2, 5)
-    assert Tuned(TABLE, Records(ROOT / "no such file"), 1).seeds(curvature) == 1
+    (quarter,) = rows("SAM", line="EfficientNet-Lite0, a quarter of the images")
+    assert found.seeds(quarter) == 10
+    fewer = Tuned(TABLE, Records(ROOT / "no such file"), 3)
+    assert (fewer.seeds(curvature), fewer.seeds(quarter)) == (2, 3)
+
+
+def test_a_row_may_train_on_every_fourth_image():
+    settings = rows("SGD", line="EfficientNet-Lite0, a quarter of the images")[0].settings
+    every = dataclasses.replace(settings, train_every=0)
+    quarter, whole = (train.start(s, 1, "cpu", None).batches._train for s in (settings, every))
+    assert torch.equal(quarter.images, whole.images[::4]) and len(quarter) == 150
 
 
 def test_a_killed_command_loses_the_run_at_hand_and_repeats_none(runs, tmp_path, monkeypatch):
