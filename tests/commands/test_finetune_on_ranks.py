@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 COMMON = ["--device", "cpu", "--batch-size", "100", "--epochs", "1", "--optimizer", "sgd", "--lr", "0.05"]
-DOUBLE = [*COMMON, "--model", "networks:double", "--method", "fsam"]
+DOUBLE = [*COMMON, "--epochs", "2", "--model", "networks:double", "--method", "fsam"]  # a test between the two
 VIT = [*COMMON, "--model", "{vit}", "--method", "sam", "--save-every", "2", "--label-smoothing", "0.1"]
 # What ``accelerate launch`` sets for an FSDP2 config.
 FSDP2 = {

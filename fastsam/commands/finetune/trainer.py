@@ -4,8 +4,7 @@
   generators to save, and data loaders are this package's.
 - A checkpoint takes the place of the one before as a whole, and holds safetensors and tensors, no pickled arguments.
 - The schedule reaches 0 with the last step and begins above 0; weight decay and learning rates go by layer.
-- Network, loss and autocast are those of images: uint8 until they are on the device. A pass sets no mode and counts
-  no tokens.
+- Network, loss and autocast are those of images: uint8 until they are on the device. A pass sets no modes.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from fastsam.commands.finetune.surroundings import seed_everything
 from fastsam.commands.training import augment
 from fastsam.commands.training.batches import seed_of
 from fastsam.commands.training.schedule import warmup_then_cosine
+from fastsam.distributed.shards import local
 from fastsam.integrations.accelerate import SAMOptimizer
 from fastsam.integrations.transformers import SAMTrainer
 from fastsam.optimizer import SharpnessAware
@@ -109,7 +109,7 @@ class Finetuning(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Tensor]], None]:
+    ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of a step, augmented as one batch, and the seed of whatever else the step draws."""
         start = time.perf_counter()
         batches = [next(epoch_iterator) for _ in range(num_batches)]
@@ -145,7 +145,7 @@ class Finetuning(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One pass over a micro-batch. The Trainer's own sets the mode of every module anew in each."""
-        if not model.training:
+        if not (model.training and self._network.training):  # a test is of what a wrapper wraps
             model.train()
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs) / self.current_gradient_accumulation_steps
@@ -230,7 +230,7 @@ class Finetuning(Trainer):
 
     def check_finite(self) -> None:
         """Raises ``ValueError`` on every process unless all weights are finite."""
-        parts = [_local(p.detach()) for p in self._network.parameters()]
+        parts = [local(p.detach()) for p in self._network.parameters()]
         finite = torch.stack([p.isfinite().all() for p in parts]).all()
         if processes.highest(int(not finite), self.args.device):
             raise self.diverged("the weights are")
@@ -348,8 +348,3 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The share of right answers."""
     chosen = np.asarray(prediction.predictions).argmax(axis=1)
     return {"accuracy": float((chosen == prediction.label_ids).mean())}
-
-
-def _local(p: Tensor) -> Tensor:
-    """This process's part of a DTensor; any other tensor itself."""
-    return p.to_local() if hasattr(p, "to_local") else p
