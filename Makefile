@@ -55,6 +55,6 @@ $(VENV)/.with-%: $(VENV)/.with-torch pyproject.toml
 # torch alone comes from TORCH_INDEX and comes first, so that nothing later picks another build of it.
 $(VENV)/.with-torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --no-deps --retries 1 $(TORCH_INDEX:%=--extra-index-url %) torch
 	$(INSTALL) 'setuptools>=77' 'pybind11>=2.13' ninja
+	$(INSTALL) --no-deps --retries 1 $(TORCH_INDEX:%=--extra-index-url %) torch
 	touch $@

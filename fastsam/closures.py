@@ -82,7 +82,7 @@ def step(
     # The masks of a part of the batch are not those of the whole.
     passes = None if model is None else TwoPasses(model, shared_masks and ascent_closure is None)
     with two_pass.ranks.failures_named(), _own_gradients(optimizer):
-        if two_pass.evaluations() == 1 and not two_pass.stands_still():
+        if not two_pass.climbs() or (two_pass.evaluations() == 1 and not two_pass.stands_still()):
             two_pass.ranks.notice(model)
             loss = _one_evaluation(optimizer, closure, options)
         else:
@@ -257,8 +257,8 @@ def _second_half(optimizer: TwoPass, closure: Closure | None, passes: TwoPasses 
     with two_pass.or_restored():
         if passes is not None:
             passes.check_parameters(two_pass.base)
-        optimizer.first_step(zero_grad=closure is not None, grad_scaler=options.get("grad_scaler"))
         if closure is not None:
+            optimizer.first_step(zero_grad=True, grad_scaler=options.get("grad_scaler"))
             with contextlib.nullcontext() if passes is None else passes.second():
                 loss = _evaluate(two_pass, closure)
         optimizer.second_step(**options)

@@ -113,10 +113,18 @@ class SharpnessAware(Wrapper):
         and ``clip_grad_value_`` do, without a pass of its own. ``grad_scaler``: the one given to ``first_step``.
 
         After any exception the weights are restored and no state has changed. Raises ``RuntimeError`` without a
-        ``first_step`` before it.
+        ``first_step`` before it in a step of two :attr:`evaluations`, and in MomentumSAM's.
         """
         if not self.two_pass.perturbed and self.two_pass.climbs():
-            raise RuntimeError("second_step() without first_step(): compute gradients, call first_step(), then again")
+            if not self.two_pass.stands_still():
+                raise RuntimeError(
+                    "second_step() without first_step(): compute gradients, call first_step(), then again"
+                )
+            if self.two_pass.accumulated is not None:
+                raise RuntimeError("second_step() after accumulate(closure): call descend() for the step's update")
+            scaling = Scaling(grad_scaler, self)
+            self.two_pass.climb(scaling)  # by 0, so that averages move on
+            scaling.read_again()
         self._update(grad_scaler, max_norm, clip_value)
         if zero_grad:
             self.zero_grad()
@@ -140,8 +148,8 @@ class SharpnessAware(Wrapper):
     def evaluations(self) -> int:
         """How many times the next step has its loss evaluated, for loops by hand: 2, or 1.
 
-        1 where ``rho`` is 0 in every group, in LookSAM's steps between, and for MomentumSAM, whose ``first_step()``
-        comes before the only backward pass.
+        1 where ``rho`` is 0 in every group and in LookSAM's steps between, in which ``first_step()`` is left out, and
+        for MomentumSAM, whose ``first_step()`` comes before the only backward pass.
         """
         return self.two_pass.evaluations()
 

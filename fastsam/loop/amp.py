@@ -29,6 +29,7 @@ class Scaling:
         self.scaler = scaler
         self._optimizer = optimizer
         self._on = scaler is not None and scaler.is_enabled()
+        self._unscaled = False  # whether factor() found that unscale_ was called
 
     @property
     def _record(self) -> dict:
@@ -51,9 +52,15 @@ class Scaling:
             raise RuntimeError("grad_scaler.update() was not called since the last second_step()")
         if record["stage"] is OptState.UNSCALED:
             record["stage"] = OptState.READY  # so that unscale_ can be called for the other pass as well
+            self._unscaled = True
             return 1.0
         inverse = self.scaler._scale.double().reciprocal()
         return inverse.item() if inverse.device.type == "cpu" else inverse.float()
+
+    def read_again(self) -> None:
+        """The gradients that ``factor`` was asked for are those of the next pass as well."""
+        if self._unscaled:
+            self._record["stage"] = OptState.UNSCALED
 
     def step_taken(self, found_inf: Tensor) -> None:
         """Tells ``scaler.update()`` whether this step overflowed."""

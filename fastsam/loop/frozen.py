@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fastsam.flat.flatten import clear_gradients, is_cleared
@@ -97,7 +98,7 @@ class Frozen:
             self._modules[id(module)] = (module, module.training)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    self._buffers.append((module, name, buffer, None if is_expanded(buffer) else buffer.clone()))
+                    self._buffers.append((module, name, buffer, None if is_fixed(buffer) else buffer.clone()))
             for p in module._parameters.values():
                 if p is not None:
                     self._set_aside(p)
@@ -109,7 +110,7 @@ class Frozen:
     def _copy_frozen(self, module: nn.Module) -> None:
         """A forward pass in training mode may update frozen weights, as that of a momentum encoder does."""
         for p in module._parameters.values():
-            if p is not None and not p.requires_grad:
+            if p is not None and not p.requires_grad and not is_fixed(p):
                 self._frozen_weights.append((p, p.data, p.data.clone()))
 
     def _set_aside(self, p: Tensor) -> None:
@@ -133,8 +134,13 @@ class Frozen:
                     self.autocast_dtype = dtype
 
 
-def is_expanded(buffer: Tensor) -> bool:
-    """Whether elements share memory: torch refuses to write to it, so that it neither changes nor can be put back."""
+def is_fixed(buffer: Tensor) -> bool:
+    """Whether torch refuses to write to a tensor, so that it neither changes nor can be put back.
+
+    Its elements share memory, it was made in inference mode, it is not materialised yet, or has no values.
+    """
+    if is_lazy(buffer) or buffer.is_meta or buffer.is_inference():
+        return True
     return buffer.layout is torch.strided and any(
         stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
     )
@@ -160,7 +166,7 @@ class Generators:
 
 
 def _device_generators(devices: Iterable[torch.device]) -> Iterator[tuple]:
-    in_use = {d for d in devices if d.type != "cpu"}
+    in_use = {d for d in devices if d.type not in ("cpu", "meta")}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         in_use |= {torch.device("cuda", i) for i in range(torch.cuda.device_count())}
     for device in in_use:

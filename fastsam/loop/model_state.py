@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastsam.distributed.shards import local
 from fastsam.flat.flatten import drop_cleared, is_cleared
-from fastsam.loop.frozen import Generators, is_expanded
+from fastsam.loop.frozen import Generators, is_fixed
 from fastsam.support.checks import describe
 
 
@@ -50,7 +50,7 @@ class TwoPasses:
         self._devices = {p.device for p in weights}
         self._before = Generators(self._devices) if shared_masks else None
         # A forward pass may update frozen weights, as that of a momentum encoder does, in place or by other memory.
-        self._frozen = [(p, _written(p)) for p in weights if not p.requires_grad]
+        self._frozen = [(p, _written(p)) for p in weights if not p.requires_grad and not is_fixed(p)]
 
     @contextlib.contextmanager
     def second(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class TwoPasses:
             if buffer is not None
         ]
         moved = [(p, p.data) for p, written in self._frozen if _written(p) != written]
-        buffers = [local(buffer) for *_, buffer in kept if not is_expanded(buffer)]
+        buffers = [local(buffer) for *_, buffer in kept if not is_fixed(buffer)]
         buffers += [local(data) for _, data in moved]
         values = [torch.empty_like(buffer) for buffer in buffers]
         _copy(values, buffers)
@@ -111,7 +111,8 @@ class TwoPasses:
 
 def _written(p: Tensor) -> tuple[int, int]:
     """What differs as soon as somebody has written to p or given it other memory."""
-    return p._version, local(p).data_ptr()
+    data = local(p)
+    return p._version, data.data_ptr() if data.layout is torch.strided else 0
 
 
 class _Step(Protocol):

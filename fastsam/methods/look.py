@@ -22,6 +22,8 @@ from fastsam.methods.sam import SamRecipe
 from fastsam.optimizer import BaseOptimizer, Params, SharpnessAware
 from fastsam.support.checks import at_least
 
+_TINY = 1e-300  # less than any square of a norm but 0, so that the part along no gradient is 0
+
 
 class LookRecipe(SamRecipe):
     keeps_gradient = True
@@ -38,8 +40,8 @@ class LookRecipe(SamRecipe):
         return 2 if steps % group["k"] == 0 else 1
 
     def descend(self, first: Sequence[Scalar], second: Sequence[Scalar], group: Group) -> Mixture:
-        norm = second[2] ** 0.5 + NORM_EPSILON
-        return Mixture(1.0, 0.0, keep_gradient=1.0, keep_stored=-(second[1] / norm / norm))
+        # Without NORM_EPSILON, which would leave a trace of g in g_v for between() to blow up where g_+ is g.
+        return Mixture(1.0, 0.0, keep_gradient=1.0, keep_stored=-(second[1] / (second[2] + _TINY)))
 
     def between(self, second: Sequence[Scalar], group: Group) -> Mixture:
         return Mixture(1.0, group["alpha"] * (second[0] ** 0.5 / (second[2] ** 0.5 + NORM_EPSILON)))

@@ -1,5 +1,7 @@
 """Networks of one's own for ``fastsam finetune --model networks:...``, good and bad."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -25,6 +27,12 @@ def double(classes):
 
 def single(classes):
     return Patches(classes)
+
+
+def scripted(classes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, classes)))
 
 
 def no_module(classes):

@@ -103,6 +103,7 @@ def test_two_processes_end_with_the_weights_and_the_accuracy_of_one(folder):
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
     results = [json.loads((folder / run / "result.json").read_text()) for run in ("one", "two")]
     assert results[0]["test_accuracy"] == results[1]["test_accuracy"]
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], abs=1e-9), "797 images, in uneven batches"
     assert [result["processes"] for result in results] == [1, 2]
     assert "accuracy" in said(folder, "two") and "accuracy" not in said(folder, "two", 1), "the first one speaks"
 

@@ -276,3 +276,24 @@ def test_autocast_around_a_whole_training_is_that_around_each_pass(backend, step
                 step(optimizer, closure)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("how", ["closure", "by hand"])
+def test_gradients_that_were_unscaled_are_divided_once_where_there_is_no_radius(backend, how):
+    """They are those of both halves of such a step."""
+    w, scaler = torch.nn.Parameter(torch.ones(3)), a_scaler(8.0)
+    optimizer = fastsam.FriendlySAM([w], torch.optim.SGD, rho=0.0, lr=0.1, backend=backend)
+
+    def closure():
+        loss = w.square().sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        return loss
+
+    if how == "closure":
+        optimizer.step(closure, grad_scaler=scaler)
+    else:
+        closure()
+        optimizer.second_step(grad_scaler=scaler)
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.8))
+    torch.testing.assert_close(optimizer.state[w]["momentum"], torch.full((3,), 2.0))

@@ -184,6 +184,37 @@ def test_a_frozen_part_and_parameters_beside_the_model_are_no_replaced_layers():
     optimizer.step(closure_of(model), model=model)
 
 
+def test_parts_of_a_model_that_nothing_can_write_to_are_left_alone():
+    """Layers that were never run, weights without values or dense memory, a buffer cached by an evaluation."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lazy = nn.parameter.UninitializedParameter(requires_grad=False)
+            self.unused = nn.LazyBatchNorm1d(affine=False)
+            self.on_meta = nn.Parameter(torch.ones(2, device="meta"), requires_grad=False)
+            self.sparse = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+            self.register_buffer("position", None)
+
+        def forward(self, x):
+            if self.position is None:
+                self.position = torch.arange(6.0)
+            return x + self.position
+
+    results = []
+    for given in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 6), Odd(), nn.Linear(6, 2))
+        with torch.inference_mode():
+            model(torch.zeros(1, 4))
+        trained = [p for module in (model[0], model[2]) for p in module.parameters()]
+        optimizer = fastsam.SAM(trained, torch.optim.SGD, lr=0.1)
+        for _ in range(3):
+            optimizer.step(closure_of(model), **({"model": model} if given else {}))
+        results.append([p.detach().clone() for p in trained])
+    assert_equal(*results)
+
+
 def test_a_model_that_is_none_is_refused():
     model = a_model()
     optimizer = fastsam.SAM(model.parameters(), torch.optim.SGD, lr=0.1)

@@ -90,9 +90,13 @@ def test_a_step_evaluates_its_closure_as_often_as_it_says(backend, name):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_loop_by_hand_takes_the_same_steps(backend, name):
+    """With and without a radius, whether LookSAM climbs in that step or not."""
     whole, by_hand = mlp(), mlp()
     optimizers = build(name, whole, backend=backend), build(name, by_hand, backend=backend)
-    for _ in range(7):
+    radius = optimizers[0].param_groups[0]["rho"]
+    for k in range(11):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["rho"] = 0.0 if k in (3, 4, 5, 7, 9) else radius
         optimizers[0].step(whole.closure)
         optimizer = optimizers[1]
         optimizer.zero_grad()
@@ -103,6 +107,23 @@ def test_a_loop_by_hand_takes_the_same_steps(backend, name):
         by_hand.closure()
         optimizer.second_step()
         assert torch.equal(whole.weights(), by_hand.weights())
+    states = [
+        state_bits(optimizer, problem.params()) for optimizer, problem in zip(optimizers, (whole, by_hand), strict=True)
+    ]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_without_a_radius_it_is_the_base_optimizer(backend, name):
+    plain, problem = mlp(), mlp()
+    base = torch.optim.SGD(plain.params(), **BASES["SGD"])
+    optimizer = build(name, problem, backend=backend, rho=0.0)
+    for _ in range(7):
+        base.zero_grad()
+        plain.closure()
+        base.step()
+        optimizer.step(problem.closure)
+        torch.testing.assert_close(problem.weights(), plain.weights(), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [0, 1])

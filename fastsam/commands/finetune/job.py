@@ -93,9 +93,12 @@ def _in_folder(job: Job, found: dict[str, Any], shown: Show) -> dict[str, Any]:
     if processes.rank() > 0:
         processes.on_each(lambda: None)
     else:
-        config = {**settings.as_json(), **found}
+        config, usual = (
+            {**settings.as_json(), **found},
+            Settings(model=settings.model, method=settings.method).as_json(),
+        )
         folder = job.folder = processes.on_each(
-            lambda: RunFolder(settings.output, config, settings.may_change(), Settings().as_json())
+            lambda: RunFolder(settings.output, config, settings.may_change(), usual)
         )
     state = processes.on_first(lambda: None if folder is None else (folder.step, folder.result, folder.load()))
     assert state is not None  # the first process has a folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsam.commands.finetune.settings import nearest
 from fastsam.commands.training import pretrained
 
 
@@ -30,15 +32,23 @@ def build(name: str, classes: int) -> nn.Module:
             "PYTHONPATH"
         ) from error
     except AttributeError:
-        raise ValueError(f"--model {name}: {module_name} has no {function_name}") from None
+        own = [key for key, value in vars(importlib.import_module(module_name)).items() if inspect.isfunction(value)]
+        raise ValueError(f"--model {name}: {module_name} has no {function_name}{nearest(function_name, own)}") from None
     try:
         network = function(classes)
     except Exception as error:
-        raise ValueError(f"--model {name}: {function_name}({classes}) failed: {error}") from error
+        raise ValueError(
+            f"--model {name}: {function_name}({classes}) failed: {error}. It is given the number of classes"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(
             f"--model {name}: {function_name}({classes}) returned a {type(network).__name__}: it must return an "
             "nn.Module"
+        )
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ValueError(
+            f"--model {name}: {function_name}({classes}) returned a ScriptModule, which the Trainer cannot look into: "
+            "return the network that it was made of, and say --compile"
         )
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError(f"--model {name}: {function_name}({classes}) has no parameters to train")

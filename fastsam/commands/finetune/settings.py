@@ -89,7 +89,7 @@ class Settings:
     gamma: Annotated[float, typer.Option(min=0, help="WSAM: weight of the sharpness, below 1.")] = 0.9
     theta: Annotated[float, typer.Option(min=0, max=1, help="VaSSO: weight of the new gradient in the average.")] = 0.4
     k: Annotated[int, typer.Option(min=1, help="LookSAM: steps from one perturbation to the next.")] = 5
-    freq: Annotated[int, typer.Option(min=1, help="Eigen-SAM: steps from one estimate to the next.")] = 100
+    freq: Annotated[int, typer.Option(min=1, help="Eigen-SAM: steps to the first estimate, and to the next.")] = 100
 
     ascent_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the batch that the perturbation is computed from.")
@@ -97,7 +97,11 @@ class Settings:
 
     lr: Annotated[
         float | None,
-        typer.Option(min=0, help="Learning rate after the warm-up; a cosine follows. For AdamW 1e-4, new models 2e-3."),
+        typer.Option(
+            min=0,
+            help="Learning rate after the warm-up; a cosine follows. 1e-4, which suits pretrained weights and AdamW; "
+            "for small-vit 2e-3.",
+        ),
     ] = None
     warmup: Annotated[float, typer.Option(min=0, max=1, help="Share of the steps in which lr rises from 0.")] = 0.1
     weight_decay: Annotated[float, typer.Option(min=0, help="Of weight matrices; biases and norms have none.")] = 0.05
@@ -238,9 +242,13 @@ def one_of(option: str, name: str, known: Iterable[str]) -> None:
     """Raises ``ValueError`` for a name that is not known, with the nearest ones."""
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        nearest = f", the nearest is {' or '.join(near)}" if near else ""
-        raise ValueError(f"{option} {name!r} is unknown{nearest}; there are {', '.join(known)}")
+        raise ValueError(f"{option} {name!r} is unknown{nearest(name, known)}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """``, the nearest is ...``, if something is near, and what there is."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"{', the nearest is ' + ' or '.join(near) if near else ''}; there are {', '.join(known)}"
 
 
 def read_file(path: Path) -> dict[str, Any]:

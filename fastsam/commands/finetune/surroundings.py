@@ -37,7 +37,8 @@ def device_of(settings: Settings) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {settings.device}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {settings.device}: {reason}: say --device cpu, or auto") from None
     if device.index:
         raise ValueError(f"--device {name}: the Trainer takes the first GPU; say CUDA_VISIBLE_DEVICES={device.index}")
     if settings.cuda_graph and device.type != "cuda":

@@ -59,7 +59,7 @@ class Finetuning(Trainer):
             data_collator=as_it_is,
             train_dataset=job.train,
             eval_dataset=job.test,
-            compute_metrics=accuracy,
+            compute_metrics=measured,
             callbacks=[record],
             **options,
         )
@@ -123,14 +123,13 @@ class Finetuning(Trainer):
         return [{"pixel_values": x, "labels": b["labels"].to(device, non_blocking=True)} for x, b in pairs], None
 
     def _augmented(self, images: Tensor, seed: int) -> Tensor:
-        settings = self.settings
         generator = torch.Generator(images.device).manual_seed(seed)
-        if settings.random_crop:
-            images = augment.random_crop(images, settings.random_crop, generator)
-        if settings.flip:
+        if self.settings.random_crop:
+            images = augment.random_crop(images, self.settings.random_crop, generator)
+        if self.settings.flip:
             images = augment.random_flip(images, generator)
-        if settings.cutout:
-            images = augment.cutout(images, settings.cutout, generator)
+        if self.settings.cutout:
+            images = augment.cutout(images, self.settings.cutout, generator)
         return images
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +343,8 @@ class _Replayed(SAMOptimizer):
         self._is_overflow = False
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of right answers."""
-    chosen = np.asarray(prediction.predictions).argmax(axis=1)
-    return {"accuracy": float((chosen == prediction.label_ids).mean())}
+def measured(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean cross-entropy, where the Trainer's on several processes counts images twice, and share of right answers."""
+    logits, labels = (torch.from_numpy(np.asarray(a)) for a in (prediction.predictions, prediction.label_ids))
+    right = (logits.argmax(dim=1) == labels).double().mean()
+    return {"loss": F.cross_entropy(logits.double(), labels).item(), "accuracy": right.item()}

@@ -225,11 +225,14 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): delete it, or the folder, to start over") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object of JSON: delete it, or the folder, to start over")
+    return content
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict]]:

@@ -79,6 +79,12 @@ def test_a_setting_that_an_older_run_does_not_name_has_the_value_that_it_was_add
         RunFolder(tmp_path, {"lr": 0.1, "size": 64}, added={"size": 64})
 
 
+def test_a_config_that_is_no_object_is_refused_by_its_path(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no object of JSON: delete it"):
+        RunFolder(tmp_path, {})
+
+
 def test_a_setting_that_json_writes_differently_is_still_the_same(tmp_path):
     RunFolder(tmp_path, {"betas": (0.9, 0.95)}).save(1, {})
     RunFolder(tmp_path, {"betas": (0.9, 0.95)})
