@@ -243,8 +243,9 @@ class SharpnessAware(Wrapper):
         """The step of ``loss.backward(); optimizer.finish(closure)``, as davda54's and F-SAM's code write it.
 
         The gradients at hand are those of the first pass; ``closure`` (a full forward and backward pass) is
-        evaluated once, at w + e. Gradients are cleared on return; the closure's loss is returned. With ``model`` the
-        closure leaves its buffers alone; its masks are fresh, as nobody noted what the first pass drew.
+        evaluated once, at w + e. Gradients are cleared on return; the closure's loss is returned, or None in LookSAM's
+        steps between, which do not evaluate it. With ``model`` the closure leaves its buffers alone; its masks are
+        fresh, as nobody noted what the first pass drew.
         """
         return closures.finish(self, closure, model=model, **options)
 

@@ -85,16 +85,20 @@ class Model:
         self.climb(self.average)
 
     def second_step(self):
-        self.require(self.perturbed)
+        if not self.perturbed:
+            self.require(self.stands_still() and not self.so_far)
+            self.climb(self.average)
         self.update(self.finite, self.loop.momentum)
 
     def descend(self):
         self.require(not self.perturbed and self.so_far)
         self.update(*self.so_far)
 
+    def stands_still(self):
+        return all(group["rho"] == 0 for group in self.loop.param_groups if group["perturb"])
+
     def both_passes(self, closure, average):
-        still = all(group["rho"] == 0 for group in self.loop.param_groups if group["perturb"])
-        for climbs in [True] if still else [True, False]:
+        for climbs in [True] if self.stands_still() else [True, False]:
             self.zero_grad()
             closure()
             self.require(any(p.grad is not None for p in self.params))
