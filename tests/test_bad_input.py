@@ -143,9 +143,10 @@ def test_a_base_optimizer_that_cannot_be_one(base, says):
         fastsam.SAM([a_param()], base(), lr=0.1)
 
 
-def test_an_unknown_keyword_is_not_swallowed():
-    with pytest.raises(TypeError, match="momentums"):
-        fastsam.SAM([a_param()], torch.optim.SGD, lr=0.1, momentums=0.9)
+@pytest.mark.parametrize(("name", "near"), [("momentums", "momentum"), ("roh", "rho"), ("state_type", "state_dtype")])
+def test_an_unknown_keyword_suggests_the_nearest_of_method_and_base_optimizer(name, near):
+    with pytest.raises(TypeError, match=rf"{name}=0\.9 is an argument neither of SAM .* did you mean {near}\?"):
+        fastsam.SAM([a_param()], torch.optim.SGD, lr=0.1, **{name: 0.9})
 
 
 @pytest.mark.parametrize(("name", "near"), [("cpuu", "cpu"), ("torhc", "torch"), ("atuo", "auto"), ("CPU", "cpu")])

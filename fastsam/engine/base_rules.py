@@ -7,8 +7,9 @@ runs its own ``step()`` after the weights are restored: same result, more passes
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -132,6 +133,20 @@ def arguments(base_optimizer: Callable) -> set[str]:
         return set(inspect.signature(base_optimizer).parameters)
     inits = (cls.__init__ for cls in base_optimizer.__mro__)  # type: ignore[misc]
     return {name for init in inits for name in inspect.signature(init).parameters}
+
+
+def check_arguments(base_optimizer: Callable, given: dict[str, Any], method: str, own: Iterable[str]) -> None:
+    """Raises ``TypeError`` for an argument that neither the base optimizer has nor the method, whose are ``own``."""
+    known = inspect.signature(base_optimizer).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, [*own, *known], n=1, cutoff=0.5)
+            raise TypeError(
+                f"{name}={value!r} is an argument neither of {method} nor of its base optimizer"
+                + (f": did you mean {near[0]}?" if near else "")
+            )
 
 
 def _needs_closure(base_optimizer: Callable) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsam.distributed.ranks import Ranks
 from fastsam.engine import loading
-from fastsam.engine.base_rules import arguments, check_base
+from fastsam.engine.base_rules import arguments, check_arguments, check_base
 from fastsam.engine.base_update import own_state_hidden
 from fastsam.engine.precision import Precision
 from fastsam.engine.recipe import Recipe
@@ -49,6 +49,9 @@ class Wrapper(torch.optim.Optimizer):
         ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
         # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
         # method's is called sam_<name> in the groups.
+        check_arguments(
+            base_optimizer, base_kwargs, type(self).__name__, [*defaults, *names, "process_group", "m_sharpness"]
+        )
         taken = arguments(base_optimizer)
         aliases = {name: f"sam_{name}" for name in defaults if name in taken}
         own = {aliases.get(name, name): value for name, value in defaults.items()} | {"perturb": True}
