@@ -82,11 +82,11 @@ def step(
     # The masks of a part of the batch are not those of the whole.
     passes = None if model is None else TwoPasses(model, shared_masks and ascent_closure is None)
     with two_pass.ranks.failures_named(), _own_gradients(optimizer):
-        if not two_pass.climbs() or (two_pass.evaluations() == 1 and not two_pass.stands_still()):
+        still = two_pass.stands_still()
+        if not two_pass.climbs() or (two_pass.recipe.along_momentum and not still):
             two_pass.ranks.notice(model)
             loss = _one_evaluation(optimizer, closure, options)
         else:
-            still = two_pass.stands_still()
             first = closure if ascent_closure is None or still else ascent_closure
             with _first_pass(two_pass, model, first):
                 loss = _evaluate(two_pass, first, "closure" if first is closure else "ascent_closure")

@@ -47,11 +47,11 @@ class Wrapper(torch.optim.Optimizer):
         precision = Precision(**{name: base_kwargs.pop(name) for name in names if name in base_kwargs})
         precision.check_method(self.recipe, type(self).__name__)
         ranks = Ranks(base_kwargs.pop("process_group", None), base_kwargs.pop("m_sharpness", False))
-        # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
-        # method's is called sam_<name> in the groups.
         check_arguments(
             base_optimizer, base_kwargs, type(self).__name__, [*defaults, *names, "process_group", "m_sharpness"]
         )
+        # Where base optimizer and method use one name for two things (RMSprop's alpha, Adadelta's rho), the
+        # method's is called sam_<name> in the groups.
         taken = arguments(base_optimizer)
         aliases = {name: f"sam_{name}" for name in defaults if name in taken}
         own = {aliases.get(name, name): value for name, value in defaults.items()} | {"perturb": True}

@@ -97,9 +97,9 @@ class Order:
     def __iter__(self) -> Iterator[list[int]]:
         first = self._step() // self._steps * self._steps
         mine = self._size // self._ranks
+        size = mine // self._accumulate
         for step in islice(shuffled(self._count, self._size, self._seed, first), self._steps):
             own = step.tolist()[self._rank * mine : (self._rank + 1) * mine]
-            size = mine // self._accumulate
             yield from (own[start : start + size] for start in range(0, mine, size))
 
 

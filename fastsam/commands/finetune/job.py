@@ -93,10 +93,8 @@ def _in_folder(job: Job, found: dict[str, Any], shown: Show) -> dict[str, Any]:
     if processes.rank() > 0:
         processes.on_each(lambda: None)
     else:
-        config, usual = (
-            {**settings.as_json(), **found},
-            Settings(model=settings.model, method=settings.method).as_json(),
-        )
+        config = {**settings.as_json(), **found}
+        usual = Settings(model=settings.model, method=settings.method).as_json()
         folder = job.folder = processes.on_each(
             lambda: RunFolder(settings.output, config, settings.may_change(), usual)
         )

@@ -25,15 +25,16 @@ def build(name: str, classes: int) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m has it, and the console script has not
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
             f"--model {name}: {module_name} does not import ({error}): run in the folder that holds it, or set "
             "PYTHONPATH"
         ) from error
-    except AttributeError:
-        own = [key for key, value in vars(importlib.import_module(module_name)).items() if inspect.isfunction(value)]
-        raise ValueError(f"--model {name}: {module_name} has no {function_name}{nearest(function_name, own)}") from None
+    if not hasattr(module, function_name):
+        own = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"--model {name}: {module_name} has no {function_name}{nearest(function_name, own)}")
+    function = getattr(module, function_name)
     try:
         network = function(classes)
     except Exception as error:
